@@ -1,0 +1,1 @@
+"""Calibration recipes and small redistributable samples."""

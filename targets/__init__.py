@@ -1,0 +1,1 @@
+"""Target profiles: one TOML file per runtime or device."""

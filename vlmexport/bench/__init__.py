@@ -1,0 +1,1 @@
+"""Timing and memory of an artifact against PyTorch in the same run."""

@@ -1,0 +1,1 @@
+"""Family modules: only what the generic split cannot detect."""

@@ -1,0 +1,1 @@
+"""The ONNX emitter: trace, dialects, streamed weights, layouts."""

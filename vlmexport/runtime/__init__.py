@@ -1,0 +1,1 @@
+"""One runner per real runtime, all with the same protocol."""

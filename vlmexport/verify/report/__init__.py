@@ -1,0 +1,1 @@
+"""A parity report as console table, JSON, JUnit XML and HTML."""
