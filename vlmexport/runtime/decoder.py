@@ -1,0 +1,186 @@
+"""The decoder graph under ONNX Runtime: who owns the KV cache, what the mask says, how buffers are bound.
+
+Two forms (docs/manifest.md). ``gqa``: one buffer per layer and kind, longer than the valid tokens, bound as past *and*
+present, so a step writes in place. ``standard``: the graph returns a longer cache every step, which is fed back.
+The class also runs other builders' decoder graphs with the same names, which is how they are compared fairly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from vlmexport.errors import BadInputError
+from vlmexport.model.kv import KVGeometry
+from vlmexport.runtime.protocol import Array, Cache, PartOutputError, require_right_padding
+from vlmexport.runtime.sessions import NUMPY_TYPES, checked, part_errors, require_outputs
+
+PART = "decoder"
+Mask: TypeAlias = NDArray[np.int64]
+
+
+@dataclass
+class SharedCache(Cache):
+    """Buffers ``[batch, heads, capacity, head_dim]`` by layer and kind, bound once and written in place."""
+
+    binding: Any
+    buffers: dict[str, ort.OrtValue]
+    capacity: int
+
+
+@dataclass
+class GrowingCache(Cache):
+    """The last ``present`` arrays by past name, and the mask of everything fed so far."""
+
+    past: dict[str, Array] = field(default_factory=dict)
+    mask: Mask = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+
+
+class DecoderSession:
+    """One decoder graph and the bookkeeping of its caches.
+
+    `session` may take ``inputs_embeds`` or ``input_ids``; ``position_ids`` and ``num_logits_to_keep`` are fed when the
+    graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``).
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        kv: KVGeometry,
+        attention: Literal["gqa", "standard"],
+        device: str = "cpu",
+    ) -> None:
+        self.session = session
+        self.kv = kv
+        self.attention = attention
+        self.device = device
+        self.input_types = {i.name: NUMPY_TYPES[i.type] for i in session.get_inputs()}
+        self.sequence_input = "inputs_embeds" if "inputs_embeds" in self.input_types else "input_ids"
+        pairs = [(f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(kv.layers) for k in ("key", "value")]
+        self.present_of = dict(pairs)
+        self._check_contract()
+        self.kv_dtype = self.input_types[pairs[0][0]]
+        logits = next(o for o in session.get_outputs() if o.name == "logits")
+        self.vocab_size, self.logits_dtype = _static_width(logits), NUMPY_TYPES[logits.type]
+
+    def _check_contract(self) -> None:
+        needed = [self.sequence_input, "attention_mask", *self.present_of]
+        missing = [name for name in needed if name not in self.input_types]
+        if missing:
+            raise PartOutputError(PART, f"the graph has no input {missing[0]!r}; it has {list(self.input_types)[:4]}")
+        require_outputs(self.session, PART, ["logits", *self.present_of.values()])
+
+    def prefill(self, sequence: Array, attention_mask: Mask, keep: int, reserve: int) -> tuple[Array, Cache]:
+        """Start a batch; `sequence` is what the graph takes (embeddings or ids); see `Runner.prefill`."""
+        batch, tokens = attention_mask.shape
+        if self.attention == "gqa":
+            require_right_padding(attention_mask)
+            shared = self._new_cache(batch, tokens + reserve)
+            logits = self._run_shared(sequence, attention_mask, shared, keep)
+            shared.lengths = attention_mask.sum(axis=1)
+            return logits, shared
+        growing = GrowingCache(np.zeros(batch, np.int64), self._empty_past(batch), attention_mask[:, :0])
+        return self._run_growing(sequence, attention_mask, growing, keep), growing
+
+    def decode(self, sequence: Array, cache: Cache, keep: int) -> Array:
+        """Continue every row by ``sequence.shape[1]`` tokens; see `Runner.decode`."""
+        batch, tokens = sequence.shape[:2]
+        if isinstance(cache, GrowingCache):
+            return self._run_growing(sequence, np.ones((batch, tokens), np.int64), cache, keep)
+        if not isinstance(cache, SharedCache):
+            raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
+        if batch > 1 and tokens > 1:
+            raise BadInputError(f"a batch of {batch} rows continues by one token at a time, not by {tokens}")
+        lengths = cache.lengths + tokens
+        total = int(lengths.max())
+        if total > cache.capacity:
+            self._grow(cache, max(total, 2 * cache.capacity))
+        mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
+        logits = self._run_shared(sequence, mask, cache, keep)
+        cache.lengths = lengths
+        return logits
+
+    def _new_cache(self, batch: int, capacity: int) -> SharedCache:
+        cache = SharedCache(np.zeros(batch, np.int64), self.session.io_binding(), {}, capacity)
+        shape = (batch, self.kv.heads, capacity, self.kv.head_dim)
+        for past in self.present_of:
+            self._bind(cache, past, self._value(np.zeros(shape, self.kv_dtype)))
+        return cache
+
+    def _bind(self, cache: SharedCache, past: str, buffer: ort.OrtValue) -> None:
+        cache.buffers[past] = buffer
+        cache.binding.bind_ortvalue_input(past, buffer)
+        cache.binding.bind_ortvalue_output(self.present_of[past], buffer)
+
+    def _grow(self, cache: SharedCache, capacity: int) -> None:
+        for past, buffer in list(cache.buffers.items()):
+            old = buffer.numpy()
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, : cache.capacity] = old
+            self._bind(cache, past, self._value(new))
+        cache.capacity = capacity
+
+    def _value(self, array: Array) -> ort.OrtValue:
+        """The array as an OrtValue where the cache lives; on the CPU it is the array's own memory."""
+        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+
+    def _inputs(self, sequence: Array, mask: Mask, positions: Mask, keep: int) -> dict[str, Array]:
+        given: dict[str, Array] = {
+            self.sequence_input: sequence,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        types = self.input_types
+        # asarray and not ascontiguousarray: the latter makes a scalar one-dimensional
+        return {n: np.asarray(a, dtype=types[n], order="C") for n, a in given.items() if n in types}
+
+    def _run_shared(self, sequence: Array, mask: Mask, cache: SharedCache, keep: int) -> Array:
+        positions = cache.lengths[:, None] + np.arange(sequence.shape[1])
+        feed = self._inputs(sequence, mask, positions, keep)
+        binding = cache.binding
+        logits = np.empty((sequence.shape[0], self._kept(sequence, keep), self.vocab_size), self.logits_dtype)
+        with part_errors(PART, "does not run"):
+            for name, array in feed.items():
+                binding.bind_cpu_input(name, array)
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+            self.session.run_with_iobinding(binding)
+        return self._finished(logits, mask, keep)
+
+    def _run_growing(self, sequence: Array, mask: Mask, cache: GrowingCache, keep: int) -> Array:
+        whole = np.concatenate([cache.mask, mask], axis=1)
+        positions = np.maximum(np.cumsum(whole, axis=1) - 1, 0)[:, -sequence.shape[1] :]
+        feed = self._inputs(sequence, whole, positions, keep) | cache.past
+        with part_errors(PART, "does not run"):
+            logits, *present = self.session.run(["logits", *self.present_of.values()], feed)
+        cache.past = dict(zip(self.present_of, present, strict=True))
+        cache.mask, cache.lengths = whole, whole.sum(axis=1)
+        shape = (sequence.shape[0], self._kept(sequence, keep), self.vocab_size)
+        return self._finished(checked(PART, "logits", logits, shape), mask, keep)
+
+    def _kept(self, sequence: Array, keep: int) -> int:
+        tokens = int(sequence.shape[1])
+        return min(keep, tokens) if keep and "num_logits_to_keep" in self.input_types else tokens
+
+    def _finished(self, logits: Array, mask: Mask, keep: int) -> Array:
+        """Float32 logits of the kept positions; graphs that always return all positions are cut here."""
+        if keep and logits.shape[1] > keep:
+            last = np.minimum(mask.sum(axis=1), logits.shape[1])
+            rows = last[:, None] + np.arange(-keep, 0)
+            logits = np.take_along_axis(logits, np.maximum(rows, 0)[:, :, None], axis=1)
+        return checked(PART, "logits", logits.astype(np.float32, copy=False))
+
+    def _empty_past(self, batch: int) -> dict[str, Array]:
+        shape = (batch, self.kv.heads, 0, self.kv.head_dim)
+        return {past: np.zeros(shape, self.kv_dtype) for past in self.present_of}
+
+
+def _static_width(logits: Any) -> int:
+    width = logits.shape[-1] if logits.shape else None
+    if not isinstance(width, int):
+        raise PartOutputError(PART, f"logits have shape {logits.shape}; the last dimension must be the vocabulary size")
+    return width

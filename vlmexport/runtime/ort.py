@@ -1,0 +1,111 @@
+"""`OnnxRunner`: an export of the ``split`` layout, run by ONNX Runtime alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.errors import ArtifactError
+from vlmexport.manifest import Artifact
+from vlmexport.model.kv import KVGeometry
+from vlmexport.model.merge import MergeSpec
+from vlmexport.runtime.decoder import DecoderSession
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
+from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSettings, checked, open_session
+from vlmexport.target import load_target
+
+_DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
+
+
+class OnnxRunner:
+    """Runs an export; sessions open when first used, or all at once with `load`.
+
+    `threads`: intra-op threads, 0 = onnxruntime's choice. `exact`: see `SessionSettings`. `provider` overrides the
+    target's own (a CUDA graph can be checked on the CPU). Satisfies `Runner`.
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, threads: int = 0, exact: bool = False, provider: str | None = None
+    ) -> None:
+        self.artifact = artifact
+        self.model: dict[str, Any] = artifact.manifest.model
+        self.settings = SessionSettings(threads, exact, provider or load_target(artifact.manifest.target).provider)
+
+    @cached_property
+    def merge_spec(self) -> MergeSpec:
+        """How image features enter the decoder, from the manifest."""
+        return MergeSpec.from_dict(self.model["merge"])
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-answer ids of the export's generation config, or else of its manifest."""
+        file = self.artifact.path / "generation_config.json"
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        if eos is None:
+            eos = self.model["eos_token_ids"]
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def load(self) -> float:
+        """Open every session now; seconds it took."""
+        start = time.perf_counter()
+        for part in (self._vision, self._projector, self._embedding, self._decoder):
+            del part
+        return time.perf_counter() - start
+
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """Vision features of all images of one prompt; names that the encoder does not know are left out."""
+        return self._vision(pixel_inputs)
+
+    def project(self, vision_features: Array) -> Array:
+        """Image features ``[image_tokens, hidden]``."""
+        features = self._projector({"vision_features": vision_features})
+        return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
+
+    def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """``project(vision(pixel_inputs))``."""
+        return self.project(self.vision(pixel_inputs))
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        """Embeddings ``[batch, tokens, hidden]``."""
+        embeds = self._embedding({"input_ids": input_ids})
+        return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
+
+    def prefill(
+        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+    ) -> tuple[Array, Cache]:
+        """Start a batch; see `Runner.prefill`."""
+        return self._decoder.prefill(inputs_embeds, attention_mask, keep, reserve)
+
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+        """Continue every row; see `Runner.decode`."""
+        return self._decoder.decode(inputs_embeds, cache, keep)
+
+    @cached_property
+    def _vision(self) -> PartSession:
+        return self._part("vision_encoder", "vision_features")
+
+    @cached_property
+    def _projector(self) -> PartSession:
+        return self._part("projector", "image_features")
+
+    @cached_property
+    def _embedding(self) -> PartSession:
+        return self._part("embed_tokens", "inputs_embeds")
+
+    @cached_property
+    def _decoder(self) -> DecoderSession:
+        session = open_session(self.artifact.part_path("decoder"), "decoder", self.settings)
+        kv, attention = self.model["kv"], self.model["attention"]
+        if attention not in ("gqa", "standard"):
+            raise ArtifactError(f"{self.artifact.path}: attention {attention!r} is unknown; gqa or standard")
+        geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+        return DecoderSession(session, geometry, attention, _DEVICES.get(self.settings.provider, "cpu"))
+
+    def _part(self, role: str, output: str) -> PartSession:
+        return PartSession(self.artifact.part_path(role), role, self.settings, output)
