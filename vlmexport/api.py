@@ -1,0 +1,115 @@
+"""One typed function per command. The command line and notebooks call these, and nothing below them.
+
+Everything heavy is imported inside the functions, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmexport.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from vlmexport.bench.run import BenchReport
+    from vlmexport.doctor import DoctorReport
+    from vlmexport.inspection import InspectReport
+    from vlmexport.pipeline import ExportResult
+    from vlmexport.plan import ExportPlan, OnnxOptions
+    from vlmexport.runtime.generate import Answer
+    from vlmexport.runtime.sampling import Sampling
+    from vlmexport.verify.result import ParityReport
+
+
+def inspect_model(model: str, *, trust_remote_code: bool = False) -> InspectReport:
+    """Describe `model` (a folder, a hub id or ``demo``) without exporting anything."""
+    from vlmexport.inspection import inspect_vlm
+    from vlmexport.model.load import load_vlm
+
+    return inspect_vlm(load_vlm(model, trust_remote_code=trust_remote_code))
+
+
+def plan_onnx(model: str, options: OnnxOptions, *, trust_remote_code: bool = False) -> ExportPlan:
+    """What `export_onnx` would do to every weight; nothing is written."""
+    from vlmexport.model.load import load_vlm
+    from vlmexport.plan import check_options, plan_export
+    from vlmexport.split.capture import split_model
+    from vlmexport.target import load_target
+
+    target = load_target(options.target)
+    check_options(options, target)
+    vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+    return plan_export(vlm, split_model(vlm), target, options)
+
+
+def export_onnx(
+    model: str,
+    out: Path,
+    options: OnnxOptions,
+    *,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> ExportResult:
+    """Export `model` into the folder `out` and, with `verify`, judge the result by the gate.
+
+    Raises `BadInputError` when `out` exists and `force` is False.
+    """
+    from vlmexport import pipeline
+
+    return pipeline.export_onnx(
+        model,
+        out,
+        options,
+        force=force,
+        verify=verify,
+        progress=progress or SilentProgress(),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def verify_artifact(
+    path: Path,
+    *,
+    model: str | None = None,
+    samples: Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Judge the export in `path` against `model` (default: the model it was made from).
+
+    `samples` is a JSONL file of the user's own questions (image path, question, accepted answers).
+    """
+    from vlmexport.verify.run import verify_artifact as run_gate
+
+    return run_gate(
+        path, model=model, samples=samples, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code
+    )
+
+
+def bench_artifact(
+    path: Path, *, model: str | None = None, progress: Progress | None = None, trust_remote_code: bool = False
+) -> BenchReport:
+    """Measure the export in `path` and, in the same run, PyTorch with the original model."""
+    from vlmexport.bench.run import bench_artifact as run_bench
+
+    return run_bench(path, model=model, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code)
+
+
+def answer_prompt(
+    path: Path, images: Sequence[Path], prompt: str, sampling: Sampling, on_text: Callable[[str], None]
+) -> Answer:
+    """Answer `prompt` about `images` from the exported graphs alone; `on_text` gets the text as it comes."""
+    from vlmexport.manifest import open_artifact
+    from vlmexport.runtime.generate import answer
+
+    return answer(open_artifact(path, check_hashes=False), list(images), prompt, sampling, on_text)
+
+
+def examine_machine() -> DoctorReport:
+    """Which targets, runtimes and accelerators work here, with the fix for those that do not."""
+    from vlmexport.doctor import examine
+
+    return examine()

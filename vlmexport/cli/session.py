@@ -1,0 +1,112 @@
+"""What all commands share: the common options, where output goes, and progress bars."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import click
+
+from vlmexport.errors import BadInputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vlmexport.progress import Progress
+
+P = ParamSpec("P")
+
+
+@dataclass
+class Session:
+    """The common options of one call.
+
+    Results for people go to stdout, or to stderr when ``--json -`` takes stdout; progress always goes to stderr.
+    """
+
+    verbose: bool = False
+    quiet: bool = False
+    json_path: str | None = None
+
+    def console(self) -> Console:
+        """Where tables and text for people go; silent with ``--quiet``."""
+        from rich.console import Console
+
+        return Console(stderr=self.json_path == "-", quiet=self.quiet, highlight=False, soft_wrap=False)
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """A `Progress` for the length of one command: bars on stderr, or silence with ``--quiet``."""
+        from vlmexport.cli.bars import rich_progress
+        from vlmexport.progress import SilentProgress
+
+        return nullcontext(SilentProgress()) if self.quiet else rich_progress()
+
+    def write_json(self, data: dict[str, Any]) -> None:
+        """Write the machine-readable result where ``--json`` says; nothing without it."""
+        if self.json_path is None:
+            return
+        text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+        if self.json_path == "-":
+            sys.stdout.write(text)
+        else:
+            write_atomically(Path(self.json_path), text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never half of it."""
+    if not path.parent.is_dir():
+        raise BadInputError(f"{path}: the folder {path.parent} does not exist")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def common_options(function: Callable[Concatenate[Session, P], None]) -> Callable[P, None]:
+    """Add ``--verbose``, ``--quiet`` and ``--json`` to a command, which gets them as a `Session`."""
+
+    @click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        show_default="off",
+        help="Show library messages, and the traceback of an internal error.",
+    )
+    @click.option(
+        "--quiet", "-q", is_flag=True, show_default="off", help="Print errors only (and the answer of `run`)."
+    )
+    @click.option(
+        "--json", "json_path", metavar="FILE", default=None, show_default="none",
+        help="Write the machine-readable result to FILE; `-` is stdout.",
+    )  # fmt: skip
+    @click.pass_obj
+    @functools.wraps(function)
+    def command(
+        session: Session, /, *args: P.args, verbose: bool, quiet: bool, json_path: str | None, **kwargs: P.kwargs
+    ) -> None:
+        if verbose and quiet:
+            raise click.UsageError("--verbose and --quiet exclude each other")
+        session.verbose, session.quiet, session.json_path = verbose, quiet, json_path
+        with _library_noise(verbose):
+            function(session, *args, **kwargs)
+
+    return command  # type: ignore[return-value]  # click passes the first argument, which no signature can say
+
+
+@contextmanager
+def _library_noise(verbose: bool) -> Iterator[None]:
+    # transformers and huggingface_hub read these when they are imported, which is later, inside the command.
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    yield

@@ -1,0 +1,81 @@
+"""``vlmexport verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vlmexport import api
+from vlmexport.cli.onnx import print_and_judge
+from vlmexport.cli.options import artifact_argument, reference_option, trust_option
+from vlmexport.cli.session import Session, common_options
+from vlmexport.cli.text import example
+from vlmexport.errors import NotPossibleHereError
+
+if TYPE_CHECKING:
+    from vlmexport.verify.result import ParityReport
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(
+    epilog=example("vlmexport verify demo-int4", "vlmexport verify demo-int4 --junit gate.xml --html gate.html"),
+    short_help="Prove an export equal to the model it was made from.",
+)
+@artifact_argument
+@reference_option
+@click.option(
+    "--samples", type=_FILE, default=None, metavar="FILE", show_default="the bundled model's own questions",
+    help="Questions to judge accuracy by: JSON lines with image, question, answers.",
+)  # fmt: skip
+@click.option("--junit", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write JUnit XML.")
+@click.option("--html", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write a page with plots.")
+@click.option(
+    "--allow-not-run", is_flag=True, show_default="off", help="Exit 0 although a check could not run on this machine."
+)
+@trust_option
+@common_options
+def command(
+    session: Session,
+    artifact: Path,
+    model: str | None,
+    samples: Path | None,
+    junit: Path | None,
+    html: Path | None,
+    allow_not_run: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Prove the export in DIR equal to the model it was made from.
+
+    Two questions are judged apart: the error of the lowering, and the loss of the quantization.
+    Exit codes: 3 when a check failed, 4 when something asked for could not run.
+    """
+    with session.progress() as progress:
+        report = api.verify_artifact(
+            artifact, model=model, samples=samples, progress=progress, trust_remote_code=trust_remote_code
+        )
+    session.write_json(report.to_dict())
+    write_reports(report, junit, html)
+    print_and_judge(report, session.console())
+    if report.status == "incomplete" and not allow_not_run:
+        raise NotPossibleHereError(_not_run_message(report))
+
+
+def write_reports(report: ParityReport, junit: Path | None, html: Path | None) -> None:
+    """Write the report files that were asked for."""
+    if junit is not None:
+        from vlmexport.verify.report import junit as junit_report
+
+        junit_report.write(report, junit)
+    if html is not None:
+        from vlmexport.verify.report import html as html_report
+
+        html_report.write(report, html)
+
+
+def _not_run_message(report: ParityReport) -> str:
+    missing = report.not_run()
+    first = f": {missing[0].name}: {missing[0].reason}" if missing else ""
+    return f"{len(missing)} checks did not run{first} (--allow-not-run accepts that)"

@@ -1,0 +1,139 @@
+"""What works on this machine: targets, runtimes, accelerators and extras, with the fix for what does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmexport.target import Target, load_target, target_names
+
+# Instruction sets that decide how fast quantized products run on a CPU, as Linux spells them.
+_CPU_FLAGS = {
+    "avx2": "fast FP32 products",
+    "avx512_vnni": "fast INT8 products for accuracy level 4",
+    "avx_vnni": "fast INT8 products for accuracy level 4",
+    "amx_int8": "INT8 matrix unit",
+    "amx_bf16": "BF16 matrix unit",
+    "asimddp": "fast INT8 products (Arm)",
+}
+_CORE = ("torch", "transformers", "onnx", "onnxruntime", "safetensors", "numpy", "pillow")
+# extra: (a module that comes with it, what it is for)
+_EXTRAS = {
+    "gpu": ("onnxruntime", "ONNX Runtime on NVIDIA GPUs"),
+    "gguf": ("gguf", "reading and writing GGUF files"),
+    "dev": ("pytest", "tests and checks"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that works or not; `fix` is a line to type, empty when nothing needs fixing or nothing can."""
+
+    kind: str
+    name: str
+    works: bool
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """All findings, in the order of their kinds."""
+
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as JSON data."""
+        return {"findings": [dataclasses.asdict(f) for f in self.findings]}
+
+
+def examine() -> DoctorReport:
+    """Look at this machine; never raises for something missing."""
+    providers = onnxruntime_providers()
+    findings = [_package(name) for name in _CORE]
+    findings += [_target(load_target(name), providers) for name in target_names()]
+    findings += [_torch_accelerator(), *_cpu()]
+    findings += [_extra(name, *_EXTRAS[name], providers) for name in sorted(_EXTRAS)]
+    return DoctorReport(tuple(findings))
+
+
+def onnxruntime_providers() -> tuple[str, ...]:
+    """The execution providers that the installed ONNX Runtime was built with; empty when it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return ()
+    import onnxruntime
+
+    return tuple(onnxruntime.get_available_providers())
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding("packages", name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("packages", name, False, "not installed", "pip install vlmexport")
+
+
+def _target(target: Target, providers: tuple[str, ...]) -> Finding:
+    if target.provider in providers:
+        return Finding("targets", target.name, True, target.description)
+    have = ", ".join(providers) or "no ONNX Runtime"
+    detail = f"export works, running needs {target.provider}; this machine has {have}"
+    return Finding("targets", target.name, False, detail, provider_fix(target.provider))
+
+
+def provider_fix(provider: str) -> str:
+    """The line to type so that ONNX Runtime gets `provider`; empty when there is none."""
+    if provider == "CUDAExecutionProvider":
+        # Both wheels own the same module: the second one installed would shadow the first.
+        return "pip uninstall -y onnxruntime && pip install 'vlmexport[gpu]'"
+    return "pip install onnxruntime" if provider == "CPUExecutionProvider" else ""
+
+
+def _torch_accelerator() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("accelerators", "cuda", True, torch.cuda.get_device_name(0))
+    if torch.backends.mps.is_available():
+        return Finding("accelerators", "mps", True, "Apple GPU")
+    reason = "this PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch sees no NVIDIA GPU"
+    return Finding("accelerators", "cuda", False, f"{reason}; everything here works on the CPU")
+
+
+def _cpu() -> list[Finding]:
+    flags = cpu_flags()
+    name = f"{platform.machine()}, {_cores()} cores"
+    findings = [Finding("accelerators", "cpu", True, name)]
+    present = [Finding("accelerators", f, True, text) for f, text in _CPU_FLAGS.items() if f in flags]
+    return findings + present
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags of the first core as Linux reports them; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return frozenset()
+    for line in info.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _extra(name: str, module: str, purpose: str, providers: tuple[str, ...]) -> Finding:
+    if name == "gpu":
+        works = "CUDAExecutionProvider" in providers
+        return Finding("extras", name, works, purpose, "" if works else provider_fix("CUDAExecutionProvider"))
+    works = importlib.util.find_spec(module) is not None
+    return Finding("extras", name, works, purpose, "" if works else f"pip install 'vlmexport[{name}]'")
