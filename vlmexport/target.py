@@ -37,16 +37,19 @@ class QuantizationSettings:
 class ParityLimits:
     """The gate's limits.
 
-    ``*_rel`` are largest absolute difference over largest absolute reference value; ``*_kl`` mean nats per token;
+    ``*_rel`` are largest absolute difference over largest absolute reference value (``lowering_exact_rel_fp16`` is for
+    decoders with float16 activations; ``merged_rel`` for pixels to decoder input); ``*_kl`` mean nats per token;
     ``quantization_top1`` a share of tokens; ``perplexity_ratio`` quantized over original; ``accuracy_drop`` a
     difference of shares.
     """
 
     lowering_exact_rel: float
+    lowering_exact_rel_fp16: float
     lowering_shipped_kl: float
     vision_rel: float
     projector_rel: float
     embedding_rel: float
+    merged_rel: float
     quantization_kl: float
     quantization_top1: float
     perplexity_ratio: float
