@@ -9,6 +9,8 @@ from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.tensor import QuantizedTensor
 
 _FP16 = torch.finfo(torch.float16)
+# Elements per step: the float32 working copies stay near 16 MB however large the matrix is.
+_CHUNK_ELEMENTS = 1 << 22
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight") -> QuantizedTensor:
@@ -27,14 +29,14 @@ def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
             f"{name}: {columns} input features are not a multiple of group size {group_size}; "
             "choose a smaller --group-size or keep this layer with --keep"
         )
-    if not torch.isfinite(weight).all():
-        raise BadInputError(f"{name}: the weight holds NaN or infinity")
-    groups = weight.float().reshape(rows, columns // group_size, group_size)
-    scale, zero = _symmetric(groups, scheme.bits) if scheme.symmetric else _asymmetric(groups, scheme.bits)
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    codes = torch.round(groups / divisor.unsqueeze(-1)) + zero.unsqueeze(-1)
-    codes = codes.clamp_(0, (1 << scheme.bits) - 1).to(torch.uint8).reshape(rows, columns)
-    zero_point = None if scheme.symmetric else zero.to(torch.uint8)
+    chunks = weight.reshape(rows, columns // group_size, group_size).split(max(1, _CHUNK_ELEMENTS // columns))
+    scale = storable_scale(torch.cat([_scale(chunk.float(), scheme, name) for chunk in chunks]))
+    parts, start = [], 0
+    for chunk in chunks:
+        parts.append(_round(chunk.float(), scale[start : start + chunk.shape[0]].float(), scheme))
+        start += chunk.shape[0]
+    codes = torch.cat([c for c, _ in parts]).reshape(rows, columns)
+    zero_point = None if scheme.symmetric else torch.cat([z for _, z in parts]).to(torch.uint8)
     return QuantizedTensor(codes, scale, zero_point, scheme.bits, group_size)
 
 
@@ -48,16 +50,24 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.to(torch.float16) if fits else scale
 
 
-def _symmetric(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    middle = 1 << (bits - 1)
-    scale = torch.maximum(groups.amax(-1) / (middle - 1), -groups.amin(-1) / middle).clamp_min_(0)
-    scale = storable_scale(scale)
-    return scale, torch.full_like(scale, middle, dtype=torch.float32)
+def _scale(groups: torch.Tensor, scheme: QuantScheme, name: str) -> torch.Tensor:
+    """Float32 scales ``[N, K/g]`` of groups ``[N, K/g, g]``."""
+    low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
+    if not torch.isfinite(high - low).all():
+        raise BadInputError(f"{name}: the weight holds NaN or infinity")
+    if scheme.symmetric:
+        middle = 1 << (scheme.bits - 1)
+        return torch.maximum(high / (middle - 1), -low / middle)
+    return (high - low) / ((1 << scheme.bits) - 1)
 
 
-def _asymmetric(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    top = (1 << bits) - 1
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scale = storable_scale((high - low) / top)
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    return scale, torch.round(-low / divisor).clamp_(0, top)
+def _round(groups: torch.Tensor, scale: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[N, K/g, g]`` uint8 and zero points ``[N, K/g]`` for the (stored) scales."""
+    top = (1 << scheme.bits) - 1
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if scheme.symmetric:
+        zero = torch.full_like(scale, 1 << (scheme.bits - 1))
+    else:
+        zero = torch.round(-groups.amin(-1).clamp_max_(0) / divisor).clamp_(0, top)
+    codes = (groups / divisor.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
+    return codes.to(torch.uint8), zero

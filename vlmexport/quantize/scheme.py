@@ -52,7 +52,9 @@ class QuantScheme:
         if unknown:
             raise BadInputError(f"quantization scheme has unknown keys {unknown}; known: {sorted(known)}")
         if data.get("version", SCHEME_VERSION) != SCHEME_VERSION:
-            raise BadInputError(f"quantization scheme has version {data['version']}; this vlmexport reads {SCHEME_VERSION}")
+            raise BadInputError(
+                f"quantization scheme has version {data['version']}; this vlmexport reads {SCHEME_VERSION}"
+            )
         values = {k: v for k, v in data.items() if k != "version"}
         overrides = {p: QuantScheme.from_dict(s) for p, s in values.pop("overrides", {}).items()}
         return QuantScheme(**values, overrides=overrides)

@@ -123,7 +123,10 @@ def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall]) -> P
         (TensorSpec("logits", "float32", ("batch_size", "sequence_length", vocab)),),
     )
     examples = tuple(
-        {"inputs_embeds": c.kwargs["inputs_embeds"], "attention_mask": torch.ones(c.logits.shape[:2], dtype=torch.int64)}
+        {
+            "inputs_embeds": c.kwargs["inputs_embeds"],
+            "attention_mask": torch.ones(c.logits.shape[:2], dtype=torch.int64),
+        }
         for c in calls
     )
     return Part(Role.DECODER, decoder, "", signature, examples)

@@ -64,7 +64,9 @@ def capture_decoder_call(model: PreTrainedModel, inputs: dict[str, torch.Tensor]
     finally:
         handle.remove()
     if len(seen) != 1:
-        raise UnsupportedModelError(f"{model.config.model_type}: the decoder ran {len(seen)} times in one forward, expected 1")
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: the decoder ran {len(seen)} times in one forward, expected 1"
+        )
     return DecoderCall(seen[0], logits)
 
 

@@ -30,5 +30,5 @@ def weight_names(model: nn.Module, module: nn.Module) -> dict[str, torch.Tensor]
             continue
         path = paths[id(child)]
         for local, parameter in child.named_parameters(recurse=False):
-            found[f"{path}.{local}" if path else local] = parameter
+            found[f"{path}.{local}" if path else local] = parameter.detach()
     return found

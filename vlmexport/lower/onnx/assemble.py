@@ -1,0 +1,382 @@
+"""Assemble a decoder graph: repeat the traced layers, and say every neutral operator in a dialect's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
+from vlmexport.lower.onnx.neutral import DOMAIN
+from vlmexport.lower.onnx.trace import TracedDecoder
+from vlmexport.model.kv import KVGeometry
+
+_IR_VERSION = 10
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention of the graph under construction: inputs ``[B, heads, S, head_dim]`` and its settings.
+
+    `packed` is set when q, k and v come straight from linears on one input: their stacked product ``[B, S, (N+2K)*D]``.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    packed: ir.Value | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    window: int
+    past_key: ir.Value
+    past_value: ir.Value
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """Attention output as ``[B, S, N * D]``, and the cache after it."""
+
+    output: ir.Value
+    present_key: ir.Value
+    present_value: ir.Value
+
+
+class Dialect(Protocol):
+    """The operators of one runtime."""
+
+    opset: int
+    needs_position_ids: bool
+    packs_qkv: bool
+
+    def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
+        """Emit what all layers share (lengths, masks, tables)."""
+        ...
+
+    def last_valid(self, tape: Tape) -> ir.Value:
+        """int64 ``[B]``: index, among the new positions, of each row's last valid one."""
+        ...
+
+    def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
+        """The normed value, and the value that now stands for `x` when the operator also recomputed it."""
+        ...
+
+    def attention(self, tape: Tape, call: AttentionCall) -> AttentionResult:
+        """Attention over past and new positions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A traced graph cut at its brackets: nodes before the layers, each kind's template, nodes after them."""
+
+    before: list[ir.Node]
+    templates: dict[int, list[ir.Node]]
+    after: list[ir.Node]
+
+
+def cut_regions(graph: ir.Graph) -> Regions:
+    """Cut `graph` at its layer brackets; refuses work between two layers, which a repetition would lose."""
+    kind_of: dict[ir.Value, int] = {}
+    done: set[ir.Value] = set()
+    regions = Regions([], {}, [])
+    for node in graph:
+        inside = {kind_of[v] for v in node.inputs if v in kind_of}
+        if node.domain == DOMAIN and node.op_type == "LayerIn":
+            source = node.inputs[0]
+            if regions.templates and not _is_bracket(source, "LayerOut"):
+                raise UnsupportedModelError("the decoder works between its layers; such layers cannot be repeated")
+            inside = {node.attributes["layer"].as_int()}
+            regions.templates[min(inside)] = []
+        if len(inside) > 1:
+            raise UnsupportedModelError("a decoder layer reads a value from inside another layer")
+        if inside:
+            kind = min(inside)
+            regions.templates[kind].append(node)
+            leaves = node.domain == DOMAIN and node.op_type == "LayerOut"
+            done.update(node.outputs if leaves else ())
+            kind_of.update({} if leaves else dict.fromkeys(node.outputs, kind))
+        elif any(v in done for v in node.inputs):
+            regions.after.append(node)
+            done.update(node.outputs)
+        else:
+            regions.before.append(node)
+    return regions
+
+
+def _is_bracket(value: ir.Value | None, op: str) -> bool:
+    node = value.producer() if value is not None else None
+    return node is not None and node.domain == DOMAIN and node.op_type == op
+
+
+@dataclass
+class DecoderAssembler:
+    """Builds one decoder graph from a trace; see `assemble_decoder`."""
+
+    traced: TracedDecoder
+    kv: KVGeometry
+    dialect: Dialect
+    linears: LinearEmitter
+    tape: Tape = field(default_factory=Tape)
+    names: dict[ir.Value, ir.Value] = field(default_factory=dict)  # traced value -> new value
+    replaced: dict[ir.Value, ir.Value] = field(default_factory=dict)  # new value -> a newer one that equals it
+    constants: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    flat: dict[ir.Value, ir.Value] = field(default_factory=dict)  # traced 4-D attention output -> its 3-D form
+    presents: list[ir.Value] = field(default_factory=list)
+
+    @property
+    def float_type(self) -> ir.DataType:
+        """The activation type."""
+        return self.linears.float_type
+
+    def hidden_states(self, inputs: dict[str, ir.Value], pasts: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+        """Emit all layers; the last hidden state ``[B, S, H]`` after the final norm."""
+        graph = self.traced.graph
+        for value in graph.inputs:
+            if value.name in inputs:
+                self.names[value] = inputs[value.name]
+        regions = cut_regions(graph)
+        self._emit_all(regions.before, "before.", 0, 0, pasts)
+        current: ir.Value | None = None
+        for layer, kind in enumerate(self.traced.kind_of):
+            nodes = regions.templates[kind]
+            if current is not None:
+                self.names[_required(nodes[0].inputs[0])] = current
+            self._emit_all(nodes, f"layers.{layer}.", layer, kind, pasts)
+            current = self._new(nodes[-1].outputs[0])
+        if current is not None:
+            last = max(regions.templates)
+            self.names[regions.templates[last][-1].outputs[0]] = current
+        self._emit_all(regions.after, "after.", 0, 0, pasts)
+        return self._new(graph.outputs[0])
+
+    def _emit_all(
+        self, nodes: list[ir.Node], prefix: str, layer: int, kind: int, pasts: list[tuple[ir.Value, ir.Value]]
+    ) -> None:
+        for node in nodes:
+            if node.domain != DOMAIN:
+                self._copy(node, prefix)
+            elif node.op_type in ("LayerIn", "LayerOut"):
+                self.names[node.outputs[0]] = self._new(node.inputs[0])
+            elif node.op_type == "Linear":
+                ref = self._linear_ref(node, layer, kind)
+                x = self._new(node.inputs[0])
+                self._define(node.outputs[0], self.linears.emit(self.tape, x, (ref,), ref.weight), prefix)
+            elif node.op_type == "RMSNorm":
+                self._norm(node, prefix, layer, kind)
+            elif node.op_type == "Attention":
+                self._attention(node, prefix, layer, kind, pasts[layer])
+            else:
+                raise ValueError(f"unknown neutral operator {node.op_type}")
+
+    def _new(self, value: ir.Value | None) -> ir.Value:
+        value = _required(value)
+        if value.const_value is not None and value.producer() is None:
+            return self._constant(value)
+        found = self.names[value]
+        while found in self.replaced:
+            found = self.replaced[found]
+        return found
+
+    def _constant(self, value: ir.Value) -> ir.Value:
+        if value not in self.constants:
+            tensor = _required(value.const_value)
+            if len(tensor.shape) > 1 and tensor.size > 64:
+                raise UnsupportedModelError(f"the decoder's trace holds the weight {value.name}, which no rule writes")
+            array = tensor.numpy()
+            if value.dtype == ir.DataType.FLOAT and self.float_type != ir.DataType.FLOAT:
+                array = array.astype(self.float_type.numpy())
+            made = ir.Tensor(array, name=f"constant.{value.name}")
+            self.constants[value] = ir.Value(
+                name=f"constant.{value.name}", type=ir.TensorType(made.dtype), shape=value.shape, const_value=made
+            )
+        return self.constants[value]
+
+    def _define(self, traced: ir.Value, new: ir.Value, prefix: str) -> None:
+        new.name = f"{prefix}{traced.name}"
+        dtype = self.float_type if traced.dtype == ir.DataType.FLOAT else traced.dtype
+        if dtype is not None:
+            new.type = ir.TensorType(dtype)
+        new.shape = traced.shape
+        self.names[traced] = new
+
+    def _copy(self, node: ir.Node, prefix: str) -> None:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Reshape" and source in self.flat and len(_required(node.outputs[0].shape)) == 3:
+            self.names[node.outputs[0]] = self.flat[source]  # [B, S, N, D] back to [B, S, N * D]: never left it
+            return
+        inputs = [None if v is None else self._new(v) for v in node.inputs]
+        attributes = {a.name: a for a in node.attributes.values()}
+        outputs = self.tape.op_multi_out(
+            node.op_type, inputs, attributes, domain=node.domain, num_outputs=len(node.outputs)
+        )
+        for old, new in zip(node.outputs, outputs, strict=True):
+            self._define(old, new, prefix)
+
+    def _weight_name(self, name: str, layer: int, kind: int) -> str:
+        own = self.traced.layer_paths[kind] + "."
+        return self.traced.layer_paths[layer] + "." + name.removeprefix(own) if name.startswith(own) else name
+
+    def _linear_ref(self, node: ir.Node, layer: int, kind: int) -> LinearRef:
+        text = {k: node.attributes[k].as_string() for k in ("weight", "bias")}
+        sizes = {k: node.attributes[k].as_int() for k in ("in_features", "out_features")}
+        bias = self._weight_name(text["bias"], layer, kind) if text["bias"] else ""
+        return LinearRef(self._weight_name(text["weight"], layer, kind), bias, **sizes)
+
+    def _norm(self, node: ir.Node, prefix: str, layer: int, kind: int) -> None:
+        name = self._weight_name(node.attributes["weight"].as_string(), layer, kind)
+        offset, epsilon = node.attributes["offset"].as_float(), node.attributes["epsilon"].as_float()
+        weight = self.linears.constant(name, self.linears.tensors[name].float() + offset)
+        x = self._new(node.inputs[0])
+        normed, again = self.dialect.rms_norm(self.tape, x, weight, epsilon)
+        if again is not None:
+            again.name, again.type, again.shape = f"{x.name}.sum", x.type, x.shape
+            self.replaced[x] = again
+        self._define(node.outputs[0], normed, prefix)
+
+    def _attention(self, node: ir.Node, prefix: str, layer: int, kind: int, past: tuple[ir.Value, ir.Value]) -> None:
+        query, key, value = (_required(v) for v in node.inputs)
+        heads, head_dim = _static(query, 1), _static(query, 3)
+        call = AttentionCall(
+            query=self._new(query),
+            key=self._new(key),
+            value=self._new(value),
+            packed=self._packed(node, layer, kind) if self.dialect.packs_qkv else None,
+            heads=heads,
+            kv_heads=_static(key, 1),
+            head_dim=head_dim,
+            scale=node.attributes["scale"].as_float(),
+            softcap=node.attributes["softcap"].as_float(),
+            window=node.attributes["window"].as_int(),
+            past_key=past[0],
+            past_value=past[1],
+        )
+        result = self.dialect.attention(self.tape, call)
+        for present, past_value, what in (
+            (result.present_key, past[0], "key"),
+            (result.present_value, past[1], "value"),
+        ):
+            present.name, present.type = f"present.{layer}.{what}", past_value.type
+            dims = list(_required(past_value.shape))
+            present.shape = ir.Shape([*dims[:2], "total_sequence_length", dims[3]])
+            self.presents.append(present)
+        self._output(node.outputs[0], result.output, heads, head_dim, prefix)
+
+    def _output(self, traced: ir.Value, flat: ir.Value, heads: int, head_dim: int, prefix: str) -> None:
+        flat.name = f"{prefix}{traced.name}.flat"
+        self.flat[traced] = flat
+        shape = self.tape.initializer(ir.tensor([0, 0, heads, head_dim], name=f"{prefix}{traced.name}.shape"))
+        self._define(traced, self.tape.op("Reshape", [flat, shape]), prefix)
+
+    def _packed(self, node: ir.Node, layer: int, kind: int) -> ir.Value | None:
+        linears = [_linear_behind(v) for v in node.inputs]
+        if any(n is None for n in linears):
+            return None
+        nodes = [_required(n) for n in linears]
+        if len({n.inputs[0] for n in nodes}) != 1:
+            return None
+        refs = tuple(self._linear_ref(n, layer, kind) for n in nodes)
+        if not self.linears.uniform(refs):
+            return None
+        parent = refs[0].weight.removesuffix(".weight").rpartition(".")[0]
+        return self.linears.emit(self.tape, self._new(nodes[0].inputs[0]), refs, f"{parent}.qkv_proj.weight")
+
+
+def assemble_decoder(
+    traced: TracedDecoder, kv: KVGeometry, hidden_size: int, head: LinearRef, dialect: Dialect, linears: LinearEmitter
+) -> ir.Model:
+    """The decoder graph of docs/manifest.md, its large weights still to come from ``linears.groups``.
+
+    `head` is the LM head. Raises `UnsupportedModelError` for a trace that cannot be repeated.
+    """
+    build = DecoderAssembler(traced, kv, dialect, linears)
+    kind = linears.float_type
+    inputs = {
+        "inputs_embeds": _graph_input("inputs_embeds", kind, ["batch_size", "sequence_length", hidden_size]),
+        "attention_mask": _graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]),
+        "position_ids": _graph_input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]),
+        "num_logits_to_keep": _graph_input("num_logits_to_keep", ir.DataType.INT64, []),
+    }
+    past_dims = ["batch_size", kv.heads, "past_sequence_length", kv.head_dim]
+    pasts = [
+        (
+            _graph_input(f"past_key_values.{i}.key", kind, past_dims),
+            _graph_input(f"past_key_values.{i}.value", kind, past_dims),
+        )
+        for i in range(kv.layers)
+    ]
+    dialect.prologue(build.tape, inputs, pasts[0][0])
+    hidden = build.hidden_states(inputs, pasts)
+    kept = _keep_positions(build.tape, hidden, inputs["num_logits_to_keep"], dialect.last_valid(build.tape))
+    logits = linears.emit(build.tape, kept, (head,), head.weight)
+    if kind != ir.DataType.FLOAT:
+        logits = build.tape.op("Cast", [logits], {"to": int(ir.DataType.FLOAT)})
+    logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+    logits.shape = ir.Shape(["batch_size", "kept_length", head.out_features])
+    if not dialect.needs_position_ids:
+        del inputs["position_ids"]
+    return _model(build, [*inputs.values(), *(v for pair in pasts for v in pair)], [logits, *build.presents])
+
+
+def _model(build: DecoderAssembler, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=build.tape.nodes,
+        initializers=[*build.tape.initializers, *build.constants.values()],
+        opset_imports={"": build.dialect.opset, "com.microsoft": 1},
+        name="decoder",
+    )
+    model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vlmexport")
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _keep_positions(tape: Tape, hidden: ir.Value, count: ir.Value, last: ir.Value) -> ir.Value:
+    """Rows of `hidden` ``[B, S, H]`` to compute logits for: all (count 0), or the last `count` valid ones per row."""
+    zero, one = (tape.initializer(ir.tensor(n, dtype=ir.DataType.INT64, name=f"keep.{n}")) for n in (0, 1))
+    axis = tape.initializer(ir.tensor([1], dtype=ir.DataType.INT64, name="keep.axis"))
+    final_axis = tape.initializer(ir.tensor([-1], dtype=ir.DataType.INT64, name="keep.final_axis"))
+    length = tape.op("Squeeze", [tape.op("Shape", [hidden], {"start": 1, "end": 2})])
+    all_rows = tape.op("Equal", [count, zero])
+    kept = tape.op("Where", [all_rows, length, tape.op("Min", [count, length])])
+    end = tape.op("Where", [all_rows, tape.op("Sub", [length, one]), last])  # [B]
+    offsets = tape.op("Sub", [tape.op("Range", [zero, kept, one]), tape.op("Sub", [kept, one])])
+    rows = tape.op("Max", [tape.op("Add", [tape.op("Unsqueeze", [end, axis]), offsets]), zero])
+    return tape.op("GatherND", [hidden, tape.op("Unsqueeze", [rows, final_axis])], {"batch_dims": 1})
+
+
+def _graph_input(name: str, dtype: ir.DataType, dims: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
+
+
+def _required(value: _T | None) -> _T:
+    if value is None:
+        raise ValueError("a value of the traced graph is missing")
+    return value
+
+
+def _static(value: ir.Value, axis: int) -> int:
+    size = _required(value.shape)[axis]
+    if not isinstance(size, int):
+        raise UnsupportedModelError(f"attention input {value.name} has no fixed size on axis {axis}")
+    return size
+
+
+def _linear_behind(value: ir.Value | None) -> ir.Node | None:
+    """The Linear whose output `value` is, but for splitting it into heads ``[B, S, N*D] -> [B, N, S, D]``."""
+    transpose = value.producer() if value is not None else None
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    reshape = _required(transpose.inputs[0]).producer()
+    if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or reshape is None or reshape.op_type != "Reshape":
+        return None
+    linear = _required(reshape.inputs[0]).producer()
+    return linear if linear is not None and linear.domain == DOMAIN and linear.op_type == "Linear" else None

@@ -1,0 +1,76 @@
+"""Standard ONNX operators only: opset-23 Attention with an explicit mask, right for any padding.
+
+Used where left padding is needed. Positions are an input, the rotary embedding is part of the trace, and the mask is
+built in the graph: query i sees key j when ``j <= past + i``, j is valid in ``attention_mask`` and within the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+
+_INT64 = ir.DataType.INT64
+
+
+@dataclass
+class StandardDialect:
+    """The ``standard`` form of a decoder."""
+
+    opset: int
+    needs_position_ids: bool = True
+    packs_qkv: bool = False
+    shared: dict[str, ir.Value] = field(default_factory=dict)
+    windows: dict[int, ir.Value] = field(default_factory=dict)
+
+    def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
+        """Slots of queries and keys, and the key validity."""
+        mask = inputs["attention_mask"]
+        zero, one = (tape.initializer(ir.tensor(n, dtype=_INT64, name=f"mask.{n}")) for n in (0, 1))
+        past = tape.op("Squeeze", [tape.op("Shape", [past_key], {"start": 2, "end": 3})])
+        total = tape.op("Squeeze", [tape.op("Shape", [mask], {"start": 1, "end": 2})])
+        column = tape.initializer(ir.tensor([1], dtype=_INT64, name="mask.column"))
+        keys = tape.op("Range", [zero, total, one])
+        queries = tape.op("Unsqueeze", [tape.op("Range", [past, total, one]), column])
+        heads = tape.initializer(ir.tensor([1, 2], dtype=_INT64, name="mask.heads"))
+        valid = tape.op("Cast", [tape.op("Unsqueeze", [mask, heads])], {"to": int(ir.DataType.BOOL)})
+        causal = tape.op("LessOrEqual", [keys, queries])
+        slots = tape.op("Mul", [mask, keys])
+        last = tape.op("ReduceMax", [slots, column], {"keepdims": 0})
+        self.shared = {"keys": keys, "queries": queries, "valid": valid, "causal": causal}
+        self.shared["last_valid"] = tape.op("Max", [tape.op("Sub", [last, past]), zero])
+
+    def last_valid(self, tape: Tape) -> ir.Value:
+        """Index of each row's last valid new position."""
+        return self.shared["last_valid"]
+
+    def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
+        """RMSNormalization (opset 23), computed in FP32 whatever the activation type."""
+        return tape.op("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1}), None
+
+    def attention(self, tape: Tape, call: AttentionCall) -> AttentionResult:
+        """Attention (opset 23) on 4-D tensors with past and present."""
+        outputs = tape.op_multi_out(
+            "Attention",
+            [call.query, call.key, call.value, self._mask(tape, call.window), call.past_key, call.past_value],
+            {"scale": call.scale, "softcap": call.softcap},
+            num_outputs=3,
+        )
+        width = call.heads * call.head_dim
+        shape = tape.initializer(ir.tensor([0, 0, width], dtype=_INT64, name=f"{call.past_key.name}.flat_shape"))
+        flat = tape.op("Reshape", [tape.op("Transpose", [outputs[0]], {"perm": [0, 2, 1, 3]}), shape])
+        return AttentionResult(flat, outputs[1], outputs[2])
+
+    def _mask(self, tape: Tape, window: int) -> ir.Value:
+        """Boolean ``[B, 1, S, T]`` for a window (-1: none), made once."""
+        if window not in self.windows:
+            seen = self.shared["causal"]
+            if window > 0:
+                width = tape.initializer(ir.tensor(window, dtype=_INT64, name=f"mask.window.{window}"))
+                oldest = tape.op("Sub", [self.shared["queries"], width])
+                seen = tape.op("And", [seen, tape.op("Greater", [self.shared["keys"], oldest])])
+            self.windows[window] = tape.op("And", [seen, self.shared["valid"]])
+        return self.windows[window]

@@ -1,0 +1,253 @@
+"""Trace a decoder once, in neutral operators, one layer of each kind.
+
+transformers' own decoder runs under ``torch.export``; its linear layers, RMS norms and attention emit the neutral
+operators of :mod:`vlmexport.lower.onnx.neutral` instead of computing, everything else is traced as it is. Hooks:
+transformers' `AttentionInterface` and `AttentionMaskInterface`, and instance-level ``forward`` overrides that are taken
+back afterwards. No family name: RMS norms are recognised by what they compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx import neutral
+from vlmexport.lower.onnx.rotary import Rotary, probe_rotary
+from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.names import module_path
+
+_NORM_PROBE_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class TracedDecoder:
+    """A neutral graph and how it repeats.
+
+    `graph` takes ``inputs_embeds`` and ``position_ids`` and gives the last hidden state ``[B, S, H]``. `kind_of[i]` is
+    the index of the traced layer that stands for layer i; `layer_paths[i]` the whole-model path of layer i. `rotary` is
+    set when rotary positions were taken out of the trace, for an attention operator that applies them.
+    """
+
+    graph: ir.Graph
+    kind_of: tuple[int, ...]
+    layer_paths: tuple[str, ...]
+    rotary: Rotary | None
+
+
+def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
+    """Trace the decoder of `part`, which lives inside `model`.
+
+    `fuse_rotary` takes the rotary embedding out of the trace; raises `UnsupportedModelError` when it has no form that
+    the attention operator can apply. `repeat` False traces every layer (the oracle for the repetition).
+    """
+    decoder: Any = part.decoder
+    attribute, layers = find_layers(decoder)
+    paths = tuple(module_path(model, layer) for layer in layers)
+    kind_of = layer_kinds(layers) if repeat else tuple(range(len(layers)))
+    rotary = probe_rotary(decoder, layers[0]) if fuse_rotary else None
+    with ExitStack() as stack:
+        stack.enter_context(_neutral_modules(model, decoder))
+        stack.enter_context(_neutral_attention(decoder))
+        if rotary is not None:
+            stack.enter_context(rotary.removed())
+        stack.enter_context(_only_layers(decoder, attribute, sorted(set(kind_of))))
+        graph = _export(decoder)
+    return TracedDecoder(graph, kind_of, paths, rotary)
+
+
+def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The attribute and the list of the decoder's repeated layers.
+
+    Raises `UnsupportedModelError` when no direct child is a list of ``num_hidden_layers`` modules.
+    """
+    config: Any = decoder.config
+    count = config.get_text_config().num_hidden_layers
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return name, child
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} has no list of {count} layers; its decoder cannot be repeated"
+    )
+
+
+def layer_kinds(layers: nn.ModuleList) -> tuple[int, ...]:
+    """For each layer the first layer that is alike in classes, settings and shapes (all but the layer's own index)."""
+    first: dict[Any, int] = {}
+    return tuple(first.setdefault(_layer_signature(layer, index), index) for index, layer in enumerate(layers))
+
+
+def _layer_signature(layer: nn.Module, index: int) -> tuple[Any, ...]:
+    rows = []
+    for path, module in layer.named_modules():
+        scalars = {
+            k: v
+            for k, v in vars(module).items()
+            if isinstance(v, int | float | bool | str | tuple | type(None)) and k not in ("layer_idx", "training")
+        }
+        shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
+        rows.append((path, type(module), repr(sorted(scalars.items())), repr(shapes)))
+    return tuple(rows)
+
+
+@contextmanager
+def _only_layers(decoder: nn.Module, attribute: str, indices: list[int]) -> Iterator[None]:
+    layers = getattr(decoder, attribute)
+    config: Any = decoder.config
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    setattr(decoder, attribute, nn.ModuleList([layers[i] for i in indices]))
+    text.num_hidden_layers = len(indices)
+    with ExitStack() as stack:
+        for i in indices:
+            stack.enter_context(_override(layers[i], _bracketed(layers[i], i)))
+        try:
+            yield
+        finally:
+            setattr(decoder, attribute, layers)
+            text.num_hidden_layers = count
+
+
+def _bracketed(layer: nn.Module, index: int) -> Callable[..., Any]:
+    forward = layer.forward
+
+    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = forward(neutral.bracket(hidden, "LayerIn", index), *args, **kwargs)
+        if isinstance(out, tuple):
+            return (neutral.bracket(out[0], "LayerOut", index), *out[1:])
+        return neutral.bracket(out, "LayerOut", index)
+
+    return run
+
+
+@contextmanager
+def _override(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def _neutral_modules(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    paths = {id(m): path for path, m in model.named_modules()}
+    with ExitStack() as stack:
+        for module in decoder.modules():
+            path = paths[id(module)]
+            if isinstance(module, nn.Linear):
+                stack.enter_context(_override(module, _linear(module, path)))
+            elif (norm := rms_norm_of(module)) is not None:
+                epsilon, offset = norm
+                forward = functools.partial(neutral.rms_norm, weight=f"{path}.weight", epsilon=epsilon, offset=offset)
+                stack.enter_context(_override(module, forward))
+        yield
+
+
+def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
+    return functools.partial(
+        neutral.linear,
+        weight=f"{path}.weight",
+        bias="" if module.bias is None else f"{path}.bias",
+        in_features=module.in_features,
+        out_features=module.out_features,
+    )
+
+
+def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
+    """``(epsilon, offset)`` when `module` computes ``(offset + weight) * x / rms(x)``, else None.
+
+    Found by running the module on random numbers in FP32, so the class's name does not matter.
+    """
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    names = [name for name, _ in module.named_parameters()]
+    if not isinstance(epsilon, float) or names != ["weight"] or isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return None
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return None
+    x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = torch.func.functional_call(module, {"weight": weight.float()}, (x,))
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    for offset in (0.0, 1.0):
+        expected = normed * (weight.float() + offset)
+        if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max():
+            return epsilon, offset
+    return None
+
+
+@contextmanager
+def _neutral_attention(decoder: Any) -> Iterator[None]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, **kwargs: Any) -> Any:
+        scale = kwargs.get("scaling")
+        softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
+        out = neutral.attention(
+            query,
+            key,
+            value,
+            layer=module.layer_idx,
+            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            softcap=float(softcap or 0.0),
+            window=-1 if window is None else int(window),
+        )
+        return out, None
+
+    AttentionInterface.register("vlmexport_trace", attend)
+    # The mask itself is written by the dialect; split/decoder.py has checked that it is the causal one.
+    AttentionMaskInterface.register("vlmexport_trace", lambda *_args, **_kwargs: None)
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("vlmexport_trace")
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+class _Trunk(nn.Module):
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        out = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+
+def _export(decoder: Any) -> ir.Graph:
+    hidden = decoder.config.get_text_config().hidden_size
+    batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
+    shapes = {"inputs_embeds": {0: batch, 1: length}, "position_ids": {0: batch, 1: length}}
+    inputs = {"inputs_embeds": torch.zeros(2, 3, hidden), "position_ids": torch.arange(3).expand(2, 3).contiguous()}
+    with quiet_exporter(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            _Trunk(decoder), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, optimize=True, verbose=False
+        )
+    graph: ir.Graph = program.model.graph
+    return graph
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep torch.onnx's progress lines and warnings off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,89 @@
+"""Weights of a graph, made one group at a time and streamed into its external data file.
+
+A graph under construction holds initializers without data. Each belongs to a `WeightGroup`, which makes the arrays of
+one matrix (codes, scale and zero point together) when its turn comes; they are written and forgotten, so peak memory is
+one matrix and not the model. Offsets are 64-bit: files over 2 GB work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from vlmexport.progress import Progress
+
+# Below this size a tensor stays inside the graph file (ONNX tools read shapes and axes from there).
+INLINE_BYTES = 1024
+# Large tensors start on a page, so that a runtime can map them.
+_PAGE = 4096
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Initializers that are made together; `produce` returns one array for each, in their order."""
+
+    values: tuple[ir.Value, ...]
+    produce: Callable[[], tuple[np.ndarray, ...]]
+
+
+def initializer(name: str, dtype: ir.DataType, shape: Iterable[int]) -> ir.Value:
+    """An initializer without data yet."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """`tensor` as numpy, bfloat16 included."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()
+
+
+def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, progress: Progress, title: str) -> None:
+    """Make every group that the graph still uses, write it beside the graph, and save the graph to `path`.
+
+    External data goes to ``<path>_data``. Raises ValueError when an initializer ends without data, or when a group's
+    array has another shape or dtype than its initializer.
+    """
+    graph = model.graph
+    used = [g for g in groups if any(v.uses() for v in g.values)]
+    data_path = path.with_name(path.name + "_data")
+    with data_path.open("wb") as file, progress.stage(title, total=len(used)) as stage:
+        for group in used:
+            for value, array in zip(group.values, group.produce(), strict=True):
+                value.const_value = _store(value, array, file, data_path)
+                graph.register_initializer(value)
+            stage.advance()
+    if data_path.stat().st_size == 0:
+        data_path.unlink()
+    empty = [name for name, value in graph.initializers.items() if value.const_value is None]
+    if empty:
+        raise ValueError(f"initializers without data: {', '.join(sorted(empty)[:4])}")
+    ir.save(model, path)
+
+
+def _store(value: ir.Value, array: np.ndarray, file: BinaryIO, data_path: Path) -> ir.TensorProtocol:
+    name, shape, dtype = str(value.name), list(value.shape or []), value.dtype
+    if dtype is None or list(array.shape) != shape or ir.DataType.from_numpy(array.dtype) != dtype:
+        raise ValueError(f"{name}: made {array.dtype}{list(array.shape)}, planned {dtype}{shape}")
+    if array.nbytes < INLINE_BYTES:
+        return ir.Tensor(array, name=name)
+    offset = _write_aligned(file, array)
+    return ir.ExternalTensor(
+        data_path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=data_path.parent
+    )
+
+
+def _write_aligned(file: BinaryIO, array: np.ndarray) -> int:
+    step = _PAGE if array.nbytes >= _PAGE else _ALIGN
+    offset = -(-file.tell() // step) * step
+    file.write(b"\0" * (offset - file.tell()))
+    file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return offset
