@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from vlmexport.model.load import VLM
-    from vlmexport.split.parts import Part, Split
+    from vlmexport.split.parts import Split
     from vlmexport.target import Target
 
-Action = Literal["quantize", "keep"]
+Action = Literal["quantize", "keep", "drop"]
 NUMPY_DTYPES = {"fp16": "float16", "fp32": "float32"}
 _BYTES = {"float16": 2, "float32": 4}
 
@@ -46,7 +46,7 @@ class OnnxOptions:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What happens to one weight: quantized with `scheme`, or kept as `dtype` for `reason`.
+    """What happens to one weight: quantized with `scheme`, kept as `dtype`, or dropped because nothing uses it.
 
     `name` is the name in the PyTorch model, `part` the part's role, `shape` the checkpoint's shape; `dtype` is a numpy
     name (``float16``) or ``int4`` and the like when quantized. Byte counts are of the checkpoint (`bytes_before`; 0 for
@@ -175,29 +175,47 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     check_options(options, target)
     planner = _Planner(vlm, target, options)
     owners = _owners(vlm, split)
-    _check_keep_patterns(options.keep, [name for name, _, _ in owners])
-    weights = tuple(planner.plan(name, role, tensor) for name, role, tensor in owners)
+    _check_keep_patterns(options.keep, [o.name for o in owners])
+    weights = tuple(planner.plan(o) for o in owners)
     return ExportPlan(vlm.facts.architecture, options, planner.encoder_dtype, planner.decoder_dtype, weights)
 
 
-def _owners(vlm: VLM, split: Split) -> list[tuple[str, str, torch.Tensor]]:
-    """(name, role, tensor) of every parameter; the embedding claims its table before the decoder that contains it."""
+@dataclass(frozen=True)
+class _Owned:
+    """One parameter and the part it goes to; `used` is False when no graph needs it."""
+
+    name: str
+    role: str
+    tensor: torch.Tensor
+    used: bool = True
+
+
+def _owners(vlm: VLM, split: Split) -> list[_Owned]:
+    """Every parameter in the order of the parts; the embedding claims its table before the decoder around it."""
     from vlmexport.split.names import weight_names
     from vlmexport.split.parts import Role
+    from vlmexport.split.vision import part_parameter_names, unused_parameter_names
 
-    claimed: dict[str, tuple[str, torch.Tensor]] = {}
-    for role in (Role.EMBEDDING, Role.VISION_ENCODER, Role.PROJECTOR, Role.DECODER):
-        part: Part = split.parts[role]
-        for name, tensor in weight_names(vlm.model, part.module).items():
-            claimed.setdefault(name, (str(role), tensor))
-    storages = {tensor.data_ptr() for _, tensor in claimed.values()}
-    for name, parameter in vlm.model.named_parameters():
-        if name not in claimed and parameter.data_ptr() not in storages:
-            raise UnsupportedModelError(
-                f"{vlm.facts.model_type}: the weight {name} belongs to no part of the model; exporting would lose it"
-            )
-    order = {str(role): i for i, role in enumerate(Role)}
-    return sorted(((n, role, t) for n, (role, t) in claimed.items()), key=lambda item: order[item[1]])
+    everything = dict(vlm.model.named_parameters(remove_duplicate=False))
+    vision, projector = split.parts[Role.VISION_ENCODER], split.parts[Role.PROJECTOR]
+    claims: list[tuple[Role, Iterable[str], bool]] = [
+        (Role.VISION_ENCODER, part_parameter_names(vision), True),
+        (Role.VISION_ENCODER, unused_parameter_names(vlm, vision, projector), False),
+        (Role.PROJECTOR, part_parameter_names(projector), True),
+        (Role.EMBEDDING, weight_names(vlm.model, split.parts[Role.EMBEDDING].module), True),
+        (Role.DECODER, weight_names(vlm.model, split.parts[Role.DECODER].module), True),
+    ]
+    owned: dict[str, _Owned] = {}
+    for role, names, used in claims:
+        for name in names:
+            owned.setdefault(name, _Owned(name, str(role), everything[name], used))
+    identities = {id(o.tensor) for o in owned.values()}
+    lost = [name for name, parameter in everything.items() if id(parameter) not in identities]
+    if lost:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: {len(lost)} weights belong to no part and would be lost; the first is {lost[0]}"
+        )
+    return list(owned.values())
 
 
 def _check_keep_patterns(patterns: Iterable[str], names: list[str]) -> None:
@@ -221,8 +239,11 @@ class _Planner:
         self._head = _head_weight_name(vlm)
         self._tied = vlm.facts.tied_embeddings
 
-    def plan(self, name: str, role: str, tensor: torch.Tensor) -> WeightPlan:
+    def plan(self, owned: _Owned) -> WeightPlan:
         """The fate of one weight."""
+        name, role, tensor = owned.name, owned.role, owned.tensor
+        if not owned.used:
+            return self._drop(owned)
         if role == "embed_tokens":
             return self._keep(name, role, tensor, "float16", "the embedding table is looked up, not multiplied")
         if role != "decoder":
@@ -261,6 +282,12 @@ class _Planner:
         after = tensor.numel() * _BYTES[dtype]
         before = self._bytes_before(name, tensor)
         return WeightPlan(name, role, tuple(tensor.shape), "keep", dtype, reason, None, before, after)
+
+    def _drop(self, owned: _Owned) -> WeightPlan:
+        shape, before = tuple(owned.tensor.shape), self._bytes_before(owned.name, owned.tensor)
+        dtype = str(owned.tensor.dtype).removeprefix("torch.")
+        reason = "no image feature depends on it"
+        return WeightPlan(owned.name, owned.role, shape, "drop", dtype, reason, None, before, 0)
 
     def _bytes_before(self, name: str, tensor: torch.Tensor) -> int:
         return 0 if name == self._head and self._tied else tensor.numel() * tensor.element_size()

@@ -14,7 +14,7 @@ from vlmexport.cli.text import bytes_text, count_text, example
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vlmexport.plan import ExportPlan, OnnxOptions
+    from vlmexport.plan import ExportPlan, OnnxOptions, WeightGroup, WeightPlan
 
 
 @click.group(epilog=example("vlmexport plan onnx --model demo"))
@@ -41,30 +41,40 @@ def plan_onnx(session: Session, model: str, options: OnnxOptions, trust_remote_c
 
 
 def print_plan(plan: ExportPlan, console: Console) -> None:
-    """The plan as a table with alike rows collapsed, and the sizes before and after."""
-    from rich.table import Table
-
-    table = Table("part", "weight", "shape", "what", "why")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for group in plan.groups():
-        first = group.weights[0]
-        times = f" x{len(group.weights)}" if len(group.weights) > 1 else ""
-        table.add_row(
-            first.part,
-            f"{group.pattern}{times}",
-            "x".join(map(str, first.shape)),
-            f"[green]{first.dtype} g{first.scheme.group_size}[/]" if first.scheme else f"keep {first.dtype}",
-            first.reason,
-            bytes_text(group.bytes_before),
-            bytes_text(group.bytes_after),
-        )
-    console.print(table)
+    """The plan, one block per part and fate with alike layers collapsed, and the sizes before and after."""
+    for groups in _blocks(plan):
+        first = groups[0].weights[0]
+        before, after = sum(g.bytes_before for g in groups), sum(g.bytes_after for g in groups)
+        title = f"{first.part}: {_fate(first)} ({first.reason}), {_change(before, after)}"
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+        for group in groups:
+            times = f"{len(group.weights)} x " if len(group.weights) > 1 else ""
+            shape = "x".join(map(str, group.weights[0].shape))
+            console.print(f"  {group.pattern}  {times}[{shape}]", markup=False, soft_wrap=True)
     quantized = [w for w in plan.weights if w.action == "quantize"]
     values, all_values = sum(w.elements for w in quantized), sum(w.elements for w in plan.weights)
     console.print(
-        f"{plan.architecture} for {plan.options.target}: {len(quantized)} of {len(plan.weights)} weights quantized "
-        f"({count_text(values)} of {count_text(all_values)} values)"
+        f"{plan.architecture} for {plan.options.target}: {len(quantized)} of {len(plan.weights)} weights quantized, "
+        f"{count_text(values)} of {count_text(all_values)} values",
+        soft_wrap=True,
     )
-    before, after = plan.bytes_before, plan.bytes_after
-    console.print(f"weights: {bytes_text(before)} before, {bytes_text(after)} after ({after / max(before, 1):.0%})")
+    ratio = plan.bytes_after / max(plan.bytes_before, 1)
+    console.print(f"weights: {_change(plan.bytes_before, plan.bytes_after)} ({ratio:.0%})")
+
+
+def _blocks(plan: ExportPlan) -> list[list[WeightGroup]]:
+    found: dict[tuple[str, str, str], list[WeightGroup]] = {}
+    for group in plan.groups():
+        first = group.weights[0]
+        found.setdefault((first.part, _fate(first), first.reason), []).append(group)
+    return list(found.values())
+
+
+def _fate(weight: WeightPlan) -> str:
+    if weight.scheme is not None:
+        return f"{weight.dtype} in groups of {weight.scheme.group_size}"
+    return "left out" if weight.action == "drop" else f"kept as {weight.dtype}"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{bytes_text(before)} -> {bytes_text(after)}"
