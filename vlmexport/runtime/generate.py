@@ -1,0 +1,156 @@
+"""Answers: the generation loop over any `Runner`, for one prompt with streamed text or for a padded batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.errors import BadInputError
+from vlmexport.runtime.protocol import ModelInputs, Runner, merge, pad_right
+from vlmexport.runtime.sampling import Sampling, choose
+from vlmexport.runtime.text import TextStream
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vlmexport.manifest import Artifact
+
+GREEDY = Sampling()
+
+
+@dataclass
+class Timings:
+    """Where the time of one generation went, in milliseconds.
+
+    `load_ms` opens the graphs, `image_ms` is everything from pixels to image features, `prefill_ms` embedding, merging
+    and prefill; `ttft_ms` is `image_ms` + `prefill_ms`. `decode_ms` has one entry per later token.
+    """
+
+    load_ms: float = 0.0
+    image_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to the first token, without loading."""
+        return self.image_ms + self.prefill_ms
+
+    def to_dict(self) -> dict[str, float]:
+        """Summary as JSON data; ``decode_tok_s`` is 0 when nothing was decoded."""
+        total = sum(self.decode_ms)
+        return {
+            "load_ms": self.load_ms,
+            "image_ms": self.image_ms,
+            "prefill_ms": self.prefill_ms,
+            "ttft_ms": self.ttft_ms,
+            "decode_ms": total,
+            "decode_tok_s": 1000 * len(self.decode_ms) / total if total else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Token ids per prompt, without the end token, and the timings of the batch."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    timings: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as ``run --json`` writes it."""
+        return {**asdict(self), "token_ids": list(self.token_ids)}
+
+
+def answer(
+    artifact: Artifact,
+    images: Sequence[Path],
+    prompt: str,
+    sampling: Sampling = GREEDY,
+    on_text: Callable[[str], None] = lambda text: None,
+    *,
+    threads: int = 0,
+) -> Answer:
+    """Answer `prompt` about `images` from the exported graphs alone; `on_text` gets the text piece by piece."""
+    from vlmexport.runtime.ort import OnnxRunner
+    from vlmexport.runtime.prompt import PromptBuilder
+
+    builder = PromptBuilder(artifact.path)
+    inputs = builder.build(list(images), prompt)
+    runner = OnnxRunner(artifact, threads=threads)
+    timings = Timings(load_ms=1000 * runner.load())
+    stream = TextStream(builder.tokenizer, sampling.stop)
+    tokens: list[int] = []
+    for (token,) in generate_steps(runner, [inputs], sampling, timings):
+        if token is None:
+            break
+        tokens.append(token)
+        _emit(on_text, stream.push(token))
+        if stream.stopped:
+            break
+    _emit(on_text, stream.finish())
+    return Answer(stream.text, tuple(tokens), int(inputs.input_ids.shape[1]), timings.to_dict())
+
+
+def _emit(on_text: Callable[[str], None], text: str) -> None:
+    if text:
+        on_text(text)
+
+
+def generate_ids(runner: Runner, batch: Sequence[ModelInputs], sampling: Sampling = GREEDY) -> Generation:
+    """Generate for a batch of prompts at once, right-padded and decoded ragged; stop texts are not looked at."""
+    timings = Timings()
+    steps = list(generate_steps(runner, batch, sampling, timings))
+    rows = zip(*steps, strict=True)
+    return Generation(tuple(tuple(t for t in row if t is not None) for row in rows), timings)
+
+
+def generate_steps(
+    runner: Runner, batch: Sequence[ModelInputs], sampling: Sampling, timings: Timings
+) -> Iterator[list[int | None]]:
+    """Yield one step at a time: the next token of each row, None once the row has ended.
+
+    Ends after ``sampling.max_new_tokens`` steps or when all rows have ended; fills `timings` as it goes.
+    """
+    if not batch:
+        raise BadInputError("there is no prompt to generate from")
+    generator = sampling.generator()
+    ended = np.zeros(len(batch), dtype=bool)
+    logits, cache = _start(runner, batch, sampling.max_new_tokens, timings)
+    for step in range(sampling.max_new_tokens):
+        chosen = [choose(row[-1], sampling, generator) for row in logits]
+        ended |= np.isin(chosen, runner.eos_token_ids)
+        yield [None if done else token for token, done in zip(chosen, ended, strict=True)]
+        if ended.all() or step + 1 == sampling.max_new_tokens:
+            return
+        start = time.perf_counter()
+        logits = runner.decode(runner.embed(np.array(chosen, np.int64)[:, None]), cache)
+        timings.decode_ms.append(1000 * (time.perf_counter() - start))
+
+
+def _start(runner: Runner, batch: Sequence[ModelInputs], reserve: int, timings: Timings) -> tuple[NDArray[Any], Any]:
+    """Encode the images, merge and prefill."""
+    start = time.perf_counter()
+    features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
+    encoded = time.perf_counter()
+    pad_id = 0 if runner.merge_spec.image_token_id else 1
+    ids, mask = pad_right([item.input_ids for item in batch], pad_id)
+    embeds = merge(runner.merge_spec, runner.embed(ids), ids, np.concatenate(features) if features else None)
+    logits, cache = runner.prefill(embeds, mask, 1, reserve=reserve)
+    timings.image_ms = 1000 * (encoded - start)
+    timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
+    return logits, cache

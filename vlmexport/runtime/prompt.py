@@ -1,0 +1,87 @@
+"""From a question and picture files to model inputs, by the model's own processor and chat template."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmexport.errors import BadInputError
+from vlmexport.runtime.protocol import ModelInputs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 100_000_000
+_TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+class PromptBuilder:
+    """Builds prompts with the processor in `folder` (an export or a checkpoint folder); loads no model."""
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoProcessor
+
+        load: Any = AutoProcessor.from_pretrained
+        try:
+            self.processor: Any = load(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInputError(f"{folder}: the processor does not load: {str(error).splitlines()[0]}") from error
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
+
+    def build(self, images: Sequence[Path | Image], prompt: str) -> ModelInputs:
+        """Inputs of one user turn: the images, then the text."""
+        pictures = [load_image(i) if isinstance(i, Path) else i for i in images]
+        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
+        text = self.render([{"role": "user", "content": content}])
+        return self.encode(text, pictures)
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt text of a chat, ready for the assistant's turn."""
+        if not getattr(self.processor, "chat_template", None):
+            raise BadInputError("the model has no chat template, so a question cannot be put into its words")
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def encode(self, text: str, pictures: Sequence[Image]) -> ModelInputs:
+        """Token ids and pixel inputs of a rendered prompt whose image placeholders stand for `pictures`."""
+        images = {"images": [list(pictures)]} if pictures else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            out = self.processor(text=[text], return_tensors="pt", **self._special_tokens(text), **images)
+        arrays = {name: np.asarray(value) for name, value in out.items() if hasattr(value, "shape")}
+        pixels = {name: value for name, value in arrays.items() if name not in _TEXT_OUTPUTS}
+        return ModelInputs(arrays["input_ids"].astype(np.int64), pixels)
+
+    def _special_tokens(self, text: str) -> dict[str, bool]:
+        """Templates that write the begin token themselves must not get a second one (as transformers does)."""
+        bos = getattr(self.tokenizer, "bos_token", None)
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+
+def load_image(path: Path) -> Image:
+    """Open a picture as upright RGB.
+
+    Raises `BadInputError` naming the file when it is missing, not a picture, damaged, or larger than `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise BadInputError(f"{path} has {file.width}x{file.height} pixels; the limit is {MAX_PIXELS}")
+                return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError as error:
+        raise BadInputError(f"no such image: {path}") from error
+    except Image.DecompressionBombError as error:
+        raise BadInputError(f"{path} has too many pixels; the limit is {MAX_PIXELS}") from error
+    # Pillow's readers let all of these through when a file is damaged.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error) as error:
+        raise BadInputError(f"{path} is not a readable image: {error}") from error

@@ -1,0 +1,170 @@
+"""`TorchRunner`: the reference, a loaded PyTorch model behind the same protocol."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import DynamicCache
+
+from vlmexport.errors import BadInputError
+from vlmexport.model.merge import MergeSpec
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
+
+if TYPE_CHECKING:
+    from vlmexport.model.load import VLM
+    from vlmexport.split.parts import Part, Split
+
+
+@dataclass
+class TorchCache(Cache):
+    """The transformers cache and the mask ``[batch, tokens so far]`` of everything fed to it."""
+
+    past: DynamicCache
+    mask: torch.Tensor
+
+
+class TorchRunner:
+    """Runs ``vlm.model`` in the dtype it is in (call ``.float()`` on it first for an FP32 reference).
+
+    `split` gives the cut between `vision` and `project`; without it only `image_features`, the model's own whole path,
+    is there. Satisfies `Runner`.
+    """
+
+    def __init__(self, vlm: VLM, split: Split | None = None) -> None:
+        self.model = cast(Any, vlm.model)
+        self.split = split
+        self.merge_spec = split.merge if split else MergeSpec(vlm.facts.image_token_id)
+        self.eos_token_ids = vlm.facts.eos_token_ids
+        self._decoder: Any = self.model.get_decoder()
+        self._head: Any = self.model.get_output_embeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the decoder computes in."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """Vision features by the split's encoder module."""
+        part = self._part("vision_encoder")
+        names = [spec.name for spec in part.signature.inputs]
+        return _array(self._call(part.module, **{n: self._tensor(pixel_inputs[n]) for n in names}))
+
+    def project(self, vision_features: Array) -> Array:
+        """Image features by the split's projector module."""
+        return _array(self._call(self._part("projector").module, vision_features=self._tensor(vision_features)))
+
+    def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """Image features ``[image_tokens, hidden]`` by the model's own ``get_image_features``."""
+        function = self.model.get_image_features
+        names = [n for n in inspect.signature(function).parameters if n in pixel_inputs]
+        out = self._call(function, **{n: self._tensor(pixel_inputs[n]) for n in names})
+        features = getattr(out, "pooler_output", out)
+        rows = list(features) if isinstance(features, list | tuple) else [features]
+        return _array(torch.cat([r.reshape(-1, r.shape[-1]) for r in rows]))
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        """Embeddings ``[batch, tokens, hidden]``."""
+        return _array(self._call(self.model.get_input_embeddings(), torch.from_numpy(input_ids)))
+
+    def prefill(
+        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+    ) -> tuple[Array, Cache]:
+        """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
+        del reserve
+        mask = torch.from_numpy(attention_mask)
+        cache = TorchCache(attention_mask.sum(axis=1), DynamicCache(), mask[:, :0])
+        return self._forward(inputs_embeds, mask, cache, keep), cache
+
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+        """Continue every row; see `Runner.decode`."""
+        if not isinstance(cache, TorchCache):
+            raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
+        mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64)
+        return self._forward(inputs_embeds, mask, cache, keep)
+
+    def _forward(self, inputs_embeds: Array, mask: torch.Tensor, cache: TorchCache, keep: int) -> Array:
+        cache.mask = torch.cat([cache.mask, mask], dim=1)
+        cache.lengths = cache.mask.sum(dim=1).numpy()
+        positions = (cache.mask.cumsum(dim=1) - 1).clamp_min(0)[:, -mask.shape[1] :]
+        out = self._call(
+            self._decoder,
+            inputs_embeds=self._tensor(inputs_embeds),
+            attention_mask=cache.mask,
+            position_ids=positions + self.merge_spec.position_start,
+            past_key_values=cache.past,
+            use_cache=True,
+        )
+        hidden = _last_valid(out.last_hidden_state, mask, keep) if keep else out.last_hidden_state
+        return _array(self._call(self._head, hidden)).astype(np.float32, copy=False)
+
+    def substitute(self, weights: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+        """Replace weights by name (``lm_head.weight``) and return the originals; give those back to restore.
+
+        Only the named module's weight is replaced: a head that is tied to the embedding leaves the table as it is.
+        Raises `BadInputError` for an unknown name or another shape.
+        """
+        originals: dict[str, nn.Parameter] = {}
+        for name, value in weights.items():
+            module, leaf, original = self._find(name)
+            if value.shape != original.shape:
+                raise BadInputError(f"{name} has shape {tuple(original.shape)}, not {tuple(value.shape)}")
+            originals[name] = original
+            new = value if isinstance(value, nn.Parameter) else nn.Parameter(value.to(original.dtype), False)
+            setattr(module, leaf, new)
+        return originals
+
+    @contextmanager
+    def substituted(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """`substitute` for the length of a ``with`` block."""
+        originals = self.substitute(weights)
+        try:
+            yield
+        finally:
+            self.substitute(originals)
+
+    def _find(self, name: str) -> tuple[nn.Module, str, nn.Parameter]:
+        path, _, leaf = name.rpartition(".")
+        try:
+            module: nn.Module = self.model.get_submodule(path)
+        except AttributeError as error:
+            raise BadInputError(f"{name} is not a weight of {type(self.model).__name__}") from error
+        original = getattr(module, leaf, None)
+        if not isinstance(original, nn.Parameter):
+            raise BadInputError(f"{name} is not a weight of {type(self.model).__name__}")
+        return module, leaf, original
+
+    def _part(self, role: str) -> Part:
+        if self.split is None:
+            raise BadInputError("this reference was made without a split, so vision and project are not separate")
+        return {r.value: part for r, part in self.split.parts.items()}[role]
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def _last_valid(hidden: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """The last `keep` valid positions of each row of ``hidden`` ``[batch, tokens, width]``."""
+    last = mask.shape[1] - mask.flip(1).argmax(dim=1)
+    rows = (last[:, None] + torch.arange(-min(keep, mask.shape[1]), 0)).clamp_min(0)
+    return hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """The tensor as numpy; bfloat16, which numpy lacks, becomes float32."""
+    result: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    return result
