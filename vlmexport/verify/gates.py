@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from vlmexport.errors import VlmExportError
+from vlmexport.runtime.protocol import PartOutputError
 from vlmexport.verify import metrics
 from vlmexport.verify.metrics import Array
 from vlmexport.verify.result import Check, Question, Status
@@ -79,14 +80,17 @@ class Gate:
 
     @contextmanager
     def guard(self, name: str, part: str, question: Question) -> Iterator[None]:
-        """Turn an error of the artifact's runtime inside the block into a failed check of `part`.
+        """Turn an error of the artifact's runtime inside the block into a failed check.
 
-        `NotRunError` becomes a check that did not run.
+        It is charged to the part that the error names, or else to `part`. `NotRunError` becomes a check that did not
+        run.
         """
         try:
             yield
         except NotRunError as error:
             self.not_run(name, part, question, str(error))
+        except PartOutputError as error:
+            self.fail(name, error.part, question, str(error))
         except runtime_errors() as error:
             self.fail(name, part, question, _one_line(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,6 +70,16 @@ class QuantizationSummary:
 
 
 @dataclass(frozen=True)
+class TaskAccuracy:
+    """Accuracy on one task of the questions: shares of `questions`, for the artifact and the original model."""
+
+    task: str
+    questions: int
+    accuracy: float
+    reference_accuracy: float
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The result of ``verify``.
 
@@ -81,6 +92,7 @@ class ParityReport:
     quantization: QuantizationSummary = field(default_factory=QuantizationSummary)
     series: dict[str, tuple[float, ...]] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[TaskAccuracy, ...] = ()
 
     @property
     def status(self) -> Overall:
@@ -122,6 +134,7 @@ class ParityReport:
             "details": {
                 "reasons": {c.name: c.reason for c in self.checks if c.reason},
                 "series": {name: [_number(v) for v in values] for name, values in self.series.items()},
+                "tasks": [dataclasses.asdict(task) for task in self.tasks],
             },
         }
 

@@ -1,0 +1,247 @@
+"""The lowering error of the decoder: the same embeddings into the graph and into PyTorch with the same codes.
+
+Judged twice: *exactly* (quantized products without rounded activations), where only the order of floating-point sums
+may differ, and *as shipped*, where the runtime's own rounding is part of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.runtime.protocol import Array, Runner
+from vlmexport.verify import metrics
+from vlmexport.verify.gates import Gate
+
+Ids: TypeAlias = NDArray[np.int64]
+Embed: TypeAlias = Callable[[Ids], Array]
+
+PART = "decoder"
+DECODE_STEPS = 16
+_RAGGED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class DecoderLimits:
+    """`exact_rel`: relative error of logits in exact mode; `shipped_kl`: nats per token as shipped."""
+
+    exact_rel: float
+    shipped_kl: float
+
+
+@dataclass
+class LoweringTotals:
+    """What the comparisons of one run add up to: rows of ``[tokens, vocab]`` are reduced as they come."""
+
+    max_abs_logit: float | None = None
+    kl: list[float] = field(default_factory=list)
+    agreed: list[float] = field(default_factory=list)
+
+    def see_exact(self, difference: float) -> None:
+        """Keep the largest absolute logit difference."""
+        self.max_abs_logit = max(difference, self.max_abs_logit or 0.0)
+
+    def see_shipped(self, reference: Array, shipped: Array) -> float:
+        """Take in logits ``[tokens, vocab]`` of the shipped graph; returns their mean divergence in nats."""
+        divergences = metrics.kl_per_token(reference, shipped)
+        self.kl += divergences.tolist()
+        self.agreed.append(metrics.top1_agreement(reference, shipped) * len(reference))
+        return float(divergences.mean())
+
+    def mean_kl(self) -> float:
+        """Nats per token over everything seen; inf when nothing was."""
+        return float(np.mean(self.kl)) if self.kl else float("inf")
+
+    def top1(self) -> float:
+        """Share of tokens with the same most likely token; 0 when nothing was seen."""
+        return sum(self.agreed) / len(self.kl) if self.kl else 0.0
+
+
+@dataclass(frozen=True)
+class DecoderSubjects:
+    """Who is compared: the graph in exact mode, as shipped, and PyTorch with the graph's own weights.
+
+    All of them are fed by the one `embed` (ids ``[batch, tokens]`` to ``[batch, tokens, hidden]``), so that the
+    error is the decoder's own and not the embedding table's.
+    """
+
+    exact: Runner
+    shipped: Runner
+    reference: Runner
+    embed: Embed
+
+
+def check_lowering(
+    gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits
+) -> LoweringTotals:
+    """All comparisons with the reference on prompts `embeds` (probe name to float ``[1, tokens, hidden]``).
+
+    Checks: ``decoder/prefill[probe]`` at every position, ``decoder/one_token``, ``decoder/decode`` and
+    ``decoder/ragged_batch`` over the cache, ``decoder/greedy``, ``decoder/shipped_kl``.
+    """
+    totals = LoweringTotals()
+    first = next(iter(embeds.values()))
+    for name, sequence in {**embeds, "one_token": first[:, :1]}.items():
+        _prefill(gate, subjects, name, sequence, limits, totals)
+    _teacher_forced(gate, subjects, first, limits, totals)
+    _ragged_batch(gate, subjects, list(embeds.values()), limits, totals)
+    _greedy(gate, subjects, embeds, limits)
+    with gate.guard("decoder/shipped_kl", PART, "lowering"):
+        gate.at_most("decoder/shipped_kl", PART, "lowering", totals.mean_kl(), limits.shipped_kl, "nats per token")
+    return totals
+
+
+def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], limit: float, *, left_pad: bool) -> None:
+    """What must hold within the graph itself, whether a reference is at hand or not.
+
+    ``decoder/keep_last``: logits of the last position alone equal the last of all; ``decoder/cache``: token by token
+    over the cache equals one prefill; ``decoder/right_padding`` (and ``decoder/left_padding`` where the graph allows
+    it): rows of a padded batch equal the same prompts alone.
+    """
+    sequences = list(embeds.values())
+    longest = max(sequences, key=lambda s: s.shape[1])
+    with gate.guard("decoder/keep_last", PART, "lowering"):
+        whole, last = (_logits(exact, longest, keep) for keep in (0, 1))
+        gate.close("decoder/keep_last", PART, "lowering", whole[:, -1:], last, limit)
+    with gate.guard("decoder/cache", PART, "lowering"):
+        gate.close(
+            "decoder/cache", PART, "lowering", _logits(exact, longest, 0), _token_by_token(exact, longest), limit
+        )
+    shortest = min(sequences, key=lambda s: s.shape[1])
+    sides = ("right", "left") if left_pad else ("right",)
+    for side in sides:
+        name = f"decoder/{side}_padding"
+        with gate.guard(name, PART, "lowering"):
+            alone = [_logits(exact, s, 0)[0] for s in (shortest, longest)]
+            together = _padded_logits(exact, [shortest, longest], side)
+            gate.close(name, PART, "lowering", np.concatenate(alone), np.concatenate(together), limit)
+
+
+def _prefill(
+    gate: Gate, subjects: DecoderSubjects, name: str, sequence: Array, limits: DecoderLimits, totals: LoweringTotals
+) -> None:
+    name = "decoder/one_token" if name == "one_token" else f"decoder/prefill[{name}]"
+    with gate.guard(name, PART, "lowering"):
+        wanted = _logits(subjects.reference, sequence, 0)
+        totals.see_exact(
+            gate.close(name, PART, "lowering", wanted, _logits(subjects.exact, sequence, 0), limits.exact_rel)
+        )
+        totals.see_shipped(wanted[0], _logits(subjects.shipped, sequence, 0)[0])
+
+
+def _teacher_forced(
+    gate: Gate, subjects: DecoderSubjects, prompt: Array, limits: DecoderLimits, totals: LoweringTotals
+) -> None:
+    """`DECODE_STEPS` steps over the cache, every side fed the reference's greedy tokens."""
+    with gate.guard("decoder/decode", PART, "lowering"):
+        wanted, tokens = _greedy_steps(subjects.reference, subjects.embed, prompt, DECODE_STEPS)
+        exact = _forced_steps(subjects.exact, subjects.embed, prompt, tokens)
+        shipped = _forced_steps(subjects.shipped, subjects.embed, prompt, tokens)
+        totals.see_exact(gate.close("decoder/decode", PART, "lowering", wanted, exact, limits.exact_rel))
+        steps = range(len(wanted))
+        gate.series["decode_exact_rel"] = tuple(metrics.relative_error(wanted[i], exact[i]) for i in steps)
+        gate.series["decode_shipped_kl"] = tuple(
+            totals.see_shipped(wanted[i : i + 1], shipped[i : i + 1]) for i in steps
+        )
+
+
+def _ragged_batch(
+    gate: Gate, subjects: DecoderSubjects, sequences: list[Array], limits: DecoderLimits, totals: LoweringTotals
+) -> None:
+    """Two prompts of different length in one right-padded batch, then a few steps, against each prompt alone."""
+    rows = [min(sequences, key=lambda s: s.shape[1]), max(sequences, key=lambda s: s.shape[1])]
+    with gate.guard("decoder/ragged_batch", PART, "lowering"):
+        alone = [_greedy_steps(subjects.reference, subjects.embed, row, _RAGGED_STEPS) for row in rows]
+        wanted = np.stack([logits for logits, _ in alone], axis=1)
+        embeds, mask = _pad(rows, "right")
+        logits, cache = subjects.exact.prefill(embeds, mask, 1)
+        found = [logits[:, -1]]
+        for step in range(_RAGGED_STEPS):
+            ids = np.array([[tokens[step]] for _, tokens in alone], dtype=np.int64)
+            found.append(subjects.exact.decode(subjects.embed(ids), cache)[:, -1])
+        name = "decoder/ragged_batch"
+        totals.see_exact(gate.close(name, PART, "lowering", wanted, np.stack(found), limits.exact_rel))
+
+
+def _greedy(gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits) -> None:
+    """Greedy answers are equal, unless two tokens are as likely as each other within the error that is allowed."""
+    faults = []
+    with gate.guard("decoder/greedy", PART, "lowering"):
+        for name, sequence in embeds.items():
+            wanted, tokens = _greedy_steps(subjects.reference, subjects.embed, sequence, DECODE_STEPS)
+            _, found = _greedy_steps(subjects.exact, subjects.embed, sequence, DECODE_STEPS)
+            differ = np.nonzero(tokens != found)[0]
+            if differ.size and not _tie(wanted[differ[0]], int(found[differ[0]]), limits.exact_rel):
+                faults.append(f"{name}: token {differ[0]} is {found[differ[0]]}, expected {tokens[differ[0]]}")
+        gate.verdict("decoder/greedy", PART, "lowering", faults, "prompts that differ")
+
+
+def _tie(logits: Array, token: int, rel: float) -> bool:
+    allowed = 2 * rel * float(np.abs(logits).max())
+    return float(logits.max() - logits[token]) <= allowed
+
+
+def _logits(runner: Runner, sequence: Array, keep: int) -> Array:
+    """Logits ``[1, kept, vocab]`` of one prompt without padding."""
+    mask = np.ones(sequence.shape[:2], dtype=np.int64)
+    return runner.prefill(sequence, mask, keep)[0]
+
+
+def _greedy_steps(runner: Runner, embed: Embed, prompt: Array, steps: int) -> tuple[Array, Ids]:
+    """Logits ``[steps + 1, vocab]`` of the prompt's last position and of every greedy step, and the tokens fed."""
+    rows: list[Array] = []
+    tokens: list[int] = []
+    for logits in _steps(runner, embed, prompt, tokens, steps):
+        rows.append(logits)
+        tokens.append(int(logits.argmax()))
+    return np.stack(rows), np.array(tokens[:steps], dtype=np.int64)
+
+
+def _forced_steps(runner: Runner, embed: Embed, prompt: Array, tokens: Ids) -> Array:
+    """Logits ``[steps + 1, vocab]`` when the given tokens are fed one at a time."""
+    return np.stack(list(_steps(runner, embed, prompt, tokens.tolist(), len(tokens))))
+
+
+def _steps(runner: Runner, embed: Embed, prompt: Array, tokens: list[int], steps: int) -> Iterator[Array]:
+    """Logits ``[vocab]`` of the prompt, then of each of `steps` tokens; `tokens` may grow while this runs."""
+    logits, cache = runner.prefill(prompt, np.ones(prompt.shape[:2], dtype=np.int64), 1)
+    yield logits[0, -1]
+    for step in range(steps):
+        ids = np.array([[tokens[step]]], dtype=np.int64)
+        yield runner.decode(embed(ids), cache)[0, -1]
+
+
+def _token_by_token(runner: Runner, sequence: Array) -> Array:
+    """Logits ``[1, tokens, vocab]`` with the first half in one prefill and the rest one token at a time."""
+    half = max(sequence.shape[1] // 2, sequence.shape[1] - DECODE_STEPS)
+    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
+    rows = [logits]
+    rows += [runner.decode(sequence[:, i : i + 1], cache) for i in range(half, sequence.shape[1])]
+    return np.concatenate(rows, axis=1)
+
+
+def _pad(rows: list[Array], side: str) -> tuple[Array, Ids]:
+    """Stack ``[1, tokens, hidden]`` prompts into one padded batch and its mask.
+
+    The padding repeats the row's own values: attention to it would change the result, zeros might hide it.
+    """
+    width = max(row.shape[1] for row in rows)
+    embeds = np.empty((len(rows), width, rows[0].shape[2]), dtype=rows[0].dtype)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        embeds[index] = np.resize(row[0], (width, row.shape[2]))
+        where = slice(0, row.shape[1]) if side == "right" else slice(width - row.shape[1], width)
+        embeds[index, where] = row[0]
+        mask[index, where] = 1
+    return embeds, mask
+
+
+def _padded_logits(runner: Runner, rows: list[Array], side: str) -> list[Array]:
+    """Logits ``[tokens, vocab]`` of the valid positions of each row of one padded batch."""
+    embeds, mask = _pad(rows, side)
+    logits, _ = runner.prefill(embeds, mask, 0)
+    return [logits[index][mask[index] == 1] for index in range(len(rows))]

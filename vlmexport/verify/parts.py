@@ -1,0 +1,102 @@
+"""The parts before the decoder, each judged on its own: every part of the export gets the reference's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmexport.runtime.protocol import Array, ModelInputs, Runner, merge
+from vlmexport.target import ParityLimits
+from vlmexport.verify import metrics
+from vlmexport.verify.gates import Gate
+
+_EMBEDDING_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A probe after the processor: `reference` from the model's own, `exported` from the export's files."""
+
+    name: str
+    exported: ModelInputs
+    reference: ModelInputs | None
+
+
+def check_processor(gate: Gate, prompts: Sequence[Prompt]) -> None:
+    """``processor/prompt_ids`` and ``processor/pixels``: the export's files make the very same inputs."""
+    names = (("processor/prompt_ids", "prompts that differ <="), ("processor/pixels", "abs <="))
+    pairs = [(p.name, p.reference, p.exported) for p in prompts if p.reference is not None]
+    if not pairs:
+        for name, metric in names:
+            gate.not_run(name, "processor", "lowering", "the original model could not be loaded", metric)
+        return
+    differ = [name for name, wanted, found in pairs if not np.array_equal(wanted.input_ids, found.input_ids)]
+    gate.verdict(
+        "processor/prompt_ids", "processor", "lowering", [f"{n}: other token ids" for n in differ], "differing"
+    )
+    faults = [f"{n}: {fault}" for n, a, b in pairs if (fault := _pixel_fault(a.pixel_inputs, b.pixel_inputs))]
+    gate.verdict("processor/pixels", "processor", "lowering", faults, "differing")
+
+
+def check_vision(
+    gate: Gate, prompts: Sequence[Prompt], exported: Runner, reference: Runner, limits: ParityLimits
+) -> None:
+    """``vision_encoder/features[probe]`` and ``projector/features[probe]`` for every prompt with images.
+
+    The projector of the export gets the reference's vision features, so that its error is its own.
+    """
+    for prompt in prompts:
+        inputs = prompt.reference or prompt.exported
+        if not inputs.pixel_inputs:
+            continue
+        wanted = reference.vision(inputs.pixel_inputs)
+        name = f"vision_encoder/features[{prompt.name}]"
+        with gate.guard(name, "vision_encoder", "lowering"):
+            found = exported.vision(inputs.pixel_inputs)
+            gate.close(name, "vision_encoder", "lowering", wanted, found, limits.vision_rel)
+        name = f"projector/features[{prompt.name}]"
+        with gate.guard(name, "projector", "lowering"):
+            features = reference.project(wanted)
+            gate.close(name, "projector", "lowering", features, exported.project(wanted), limits.projector_rel)
+
+
+def check_embedding(
+    gate: Gate, exported: Runner, reference: Runner, vocab_size: int, prompts: Sequence[Prompt], limits: ParityLimits
+) -> None:
+    """``embed_tokens/table``: rows spread over the whole vocabulary, and those of the prompts."""
+    spread = np.unique(np.linspace(0, vocab_size - 1, min(vocab_size, _EMBEDDING_ROWS)).astype(np.int64))
+    used = [p.exported.input_ids[0] for p in prompts]
+    ids = np.unique(np.concatenate([spread, *used]))[None]
+    with gate.guard("embed_tokens/table", "embed_tokens", "lowering"):
+        wanted, found = reference.embed(ids), exported.embed(ids)
+        gate.close("embed_tokens/table", "embed_tokens", "lowering", wanted, found, limits.embedding_rel)
+
+
+def check_merged(
+    gate: Gate, prompts: Sequence[Prompt], exported: Runner, wanted: Mapping[str, Array], limits: ParityLimits
+) -> None:
+    """``model/merged_inputs[probe]``: pixels to decoder input through the export alone, against the reference's."""
+    for prompt in prompts:
+        name = f"model/merged_inputs[{prompt.name}]"
+        with gate.guard(name, "model", "lowering"):
+            found = merged_inputs(exported, prompt.exported)
+            gate.close(name, "model", "lowering", wanted[prompt.name], found, limits.merged_rel)
+
+
+def merged_inputs(runner: Runner, inputs: ModelInputs) -> Array:
+    """What reaches the decoder of `runner` for one prompt: float ``[1, tokens, hidden]``."""
+    features = runner.image_features(inputs.pixel_inputs) if inputs.pixel_inputs else None
+    return merge(runner.merge_spec, runner.embed(inputs.input_ids), inputs.input_ids, features)
+
+
+def _pixel_fault(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> str:
+    if wanted.keys() != found.keys():
+        return f"inputs {sorted(found)}, expected {sorted(wanted)}"
+    for name, array in wanted.items():
+        if fault := metrics.output_fault(array, found[name]):
+            return f"{name}: {fault}"
+        if not np.array_equal(array, found[name]):
+            return f"{name} differs by up to {metrics.max_abs_difference(array, found[name]):.3g}"
+    return ""

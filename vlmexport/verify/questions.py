@@ -1,0 +1,88 @@
+"""Questions with accepted answers: the bundled model's frozen set or a user's own file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmexport.errors import BadInputError
+
+Amount = Literal["sample", "all"]
+SAMPLE_SIZE = 100
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about pictures: files, text, every accepted answer, and the task it belongs to."""
+
+    images: tuple[Path, ...]
+    text: str
+    answers: tuple[str, ...]
+    task: str = "all"
+
+
+def load_questions(file: Path) -> list[Question]:
+    """Read a JSON Lines file with ``image`` (path or list, relative to the file), ``question`` and ``answers``.
+
+    ``task`` is optional. Raises `BadInputError` naming the line for anything else.
+    """
+    if not file.is_file():
+        raise BadInputError(f"no such samples file: {file}")
+    questions = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            questions.append(_question(line, file.parent, f"{file}:{number}"))
+    if not questions:
+        raise BadInputError(f"{file} holds no questions")
+    return questions
+
+
+def sample(questions: Sequence[Question], size: int = SAMPLE_SIZE) -> list[Question]:
+    """At most about `size` questions, equally many of every task, spread evenly over each task's order."""
+    by_task: dict[str, list[Question]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question)
+    each = max(1, size // len(by_task)) if by_task else 0
+    chosen = []
+    for group in by_task.values():
+        count = min(each, len(group))
+        chosen += [group[index * len(group) // count] for index in range(count)]
+    return chosen
+
+
+def is_correct(answer: str, accepted: Sequence[str]) -> bool:
+    """Exact match after case, surrounding white space and a final period are dropped."""
+    return normalise(answer) in {normalise(a) for a in accepted}
+
+
+def normalise(answer: str) -> str:
+    """Lower case, single spaces, no final period."""
+    return " ".join(answer.split()).casefold().removesuffix(".").strip()
+
+
+def _question(line: str, folder: Path, where: str) -> Question:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadInputError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BadInputError(f"{where}: expected an object with image, question and answers")
+    images = _texts(data.get("image", []), "image", where)
+    answers = _texts(data.get("answers"), "answers", where)
+    if not isinstance(data.get("question"), str) or not answers:
+        raise BadInputError(f"{where}: question must be a text and answers a text or a list of texts")
+    files = tuple(folder / image for image in images)
+    for file in files:
+        if not file.is_file():
+            raise BadInputError(f"{where}: no such image: {file}")
+    return Question(files, data["question"], answers, str(data.get("task", "all")))
+
+
+def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise BadInputError(f"{where}: {key} must be a text or a list of texts")
+    return tuple(texts)

@@ -1,0 +1,89 @@
+"""The original model in PyTorch FP32: loaded, split, and given the artifact's own weights for the lowering question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmexport.manifest import KeptTensor, Manifest, file_sha256
+from vlmexport.quantize.tensor import QuantizedTensor
+from vlmexport.runtime.torch import TorchRunner
+from vlmexport.split.parts import Role
+
+if TYPE_CHECKING:
+    from vlmexport.model.load import VLM
+
+_HALF_NAMES = ("fp16", "float16")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original model (in float32) and its runner."""
+
+    vlm: VLM
+    runner: TorchRunner
+
+    def decoder_parameters(self) -> list[frozenset[str]]:
+        """All names of each parameter that the decoder graph must hold; several names when it is tied.
+
+        The token embedding inside the decoder module is a part of its own; the LM head counts to the decoder.
+        """
+        model: Any = self.vlm.model
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        table = model.get_input_embeddings().weight
+        inside = [p for p in decoder.parameters() if p is not table]
+        owned = {id(p): p for p in [*inside, *head.parameters()]}
+        names: dict[int, set[str]] = {key: set() for key in owned}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in owned:
+                names[id(parameter)].add(name)
+        return [frozenset(found) for found in names.values()]
+
+    def with_exported_weights(
+        self, codes: Mapping[str, QuantizedTensor], manifest: Manifest
+    ) -> AbstractContextManager[None]:
+        """Within the ``with`` block the model runs the export's decoder weights.
+
+        Quantized ones are the dequantized codes; kept ones that the export stores as float16 are rounded to it.
+        """
+        weights = {name: tensor.dequantize() for name, tensor in codes.items()}
+        known = dict(self.vlm.model.named_parameters(remove_duplicate=False))
+        for kept in _half_decoder_tensors(manifest.unquantized):
+            if kept.name in known:
+                weights[kept.name] = known[kept.name].detach().to(torch.float16).float()
+        return self.runner.substituted(weights)
+
+
+def load_reference(model: str, *, trust_remote_code: bool = False) -> Reference:
+    """Load and split the original model in float32.
+
+    Raises `BadInputError` when it cannot be loaded here.
+    """
+    from vlmexport.model.load import load_vlm
+    from vlmexport.split.capture import split_model
+
+    vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+    model_in_any_dtype: Any = vlm.model
+    model_in_any_dtype.float()
+    return Reference(vlm, TorchRunner(vlm, split_model(vlm)))
+
+
+def changed_source_files(manifest: Manifest, folder: Path) -> list[str]:
+    """Files of the export's source model that are missing in `folder` or have other bytes."""
+    files: Mapping[str, str] = manifest.source.get("files", {})
+    faults = []
+    for name, digest in sorted(files.items()):
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing in {folder}")
+        elif file_sha256(folder / name) != digest:
+            faults.append(f"{name} is not the file that was exported")
+    return faults
+
+
+def _half_decoder_tensors(kept: Iterable[KeptTensor]) -> list[KeptTensor]:
+    return [tensor for tensor in kept if tensor.part == Role.DECODER and tensor.dtype in _HALF_NAMES]

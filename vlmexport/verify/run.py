@@ -1,0 +1,271 @@
+"""`verify_artifact`: the whole gate, from the files to the answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmexport.errors import BadInputError
+from vlmexport.manifest import Artifact, open_artifact
+from vlmexport.model.kv import KVGeometry
+from vlmexport.progress import Progress, SilentProgress
+from vlmexport.quantize.tensor import QuantizedTensor
+from vlmexport.runtime.protocol import Array, Runner
+from vlmexport.target import Target, load_target
+from vlmexport.verify import parts
+from vlmexport.verify.codes import account, read_codes, unrecorded_matrices
+from vlmexport.verify.decoder import (
+    DecoderLimits,
+    DecoderSubjects,
+    LoweringTotals,
+    check_consistency,
+    check_lowering,
+)
+from vlmexport.verify.gates import Gate
+from vlmexport.verify.prompts import Prompts, answer_items, build_prompts
+from vlmexport.verify.quantization import Answers, collect_answers, judge_quantization
+from vlmexport.verify.questions import Amount, Question, load_questions, sample
+from vlmexport.verify.reference import Reference, changed_source_files, load_reference
+from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
+from vlmexport.verify.result import Question as Side
+from vlmexport.verify.structure import check_structure
+
+_CPU = "CPUExecutionProvider"
+_SCORED_TOKENS = 48
+_UNSCORED_TOKENS = 16
+_NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
+    ("decoder/accounted", "decoder", "lowering"),
+    ("vision_encoder/features", "vision_encoder", "lowering"),
+    ("projector/features", "projector", "lowering"),
+    ("embed_tokens/table", "embed_tokens", "lowering"),
+    ("model/merged_inputs", "model", "lowering"),
+    ("decoder/prefill", "decoder", "lowering"),
+    ("decoder/decode", "decoder", "lowering"),
+    ("decoder/ragged_batch", "decoder", "lowering"),
+    ("decoder/greedy", "decoder", "lowering"),
+    ("decoder/shipped_kl", "decoder", "lowering"),
+    ("quantization/kl", "model", "quantization"),
+    ("quantization/top1", "model", "quantization"),
+    ("quantization/perplexity_ratio", "model", "quantization"),
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the gate: what is judged, by which limits, and where the checks go."""
+
+    gate: Gate
+    artifact: Artifact
+    target: Target
+    exact: Runner
+    shipped: Runner
+    decoder_is_half: bool
+
+    @property
+    def exact_rel(self) -> float:
+        limits = self.target.parity
+        return limits.lowering_exact_rel_fp16 if self.decoder_is_half else limits.lowering_exact_rel
+
+
+def verify_artifact(
+    path: Path,
+    *,
+    model: str | None = None,
+    samples: Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    questions: Amount = "sample",
+) -> ParityReport:
+    """Judge the export in `path` part by part and as a whole.
+
+    `model` is the original (default: where the export came from); where the default cannot be loaded, the checks that
+    need it are reported as not run. `samples` is a JSON Lines file of a user's own questions (see `load_questions`);
+    the bundled model has its own, of which `questions` takes a sample or all.
+
+    Raises `ArtifactError` when `path` is not an export or was changed, `BadInputError` when a `model` or `samples` that
+    was asked for cannot be read.
+    """
+    started = time.perf_counter()
+    artifact = open_artifact(path)
+    target = load_target(artifact.manifest.target)
+    asked = load_questions(samples) if samples else _bundled_questions(artifact, questions)
+    with (progress or SilentProgress()).stage("verify") as stage:
+        gate = Gate(lambda name: stage.advance(1, name))
+        run = _prepare(gate, artifact, target)
+        reference, why_not = _reference(artifact, model, trust_remote_code=trust_remote_code)
+        lowering, answers, quantization = _judge(run, reference, why_not, asked)
+    return ParityReport(
+        checks=tuple(gate.checks),
+        lowering=lowering,
+        quantization=quantization,
+        series=gate.series,
+        runtime=_runtime_facts(run, reference, len(asked), time.perf_counter() - started),
+        tasks=answers.tasks(),
+    )
+
+
+def _prepare(gate: Gate, artifact: Artifact, target: Target) -> _Run:
+    """Runners on the target's provider, or on the CPU with a check that says the provider was not there."""
+    import onnxruntime
+
+    from vlmexport.runtime.ort import OnnxRunner
+
+    provider = target.provider
+    if provider not in onnxruntime.get_available_providers():
+        reason = f"onnxruntime has no {provider} here; the graphs were judged on the CPU"
+        gate.not_run("runtime/provider", "runtime", "lowering", reason)
+        provider = _CPU
+    exact, shipped = (OnnxRunner(artifact, exact=exact, provider=provider) for exact in (True, False))
+    half = str(artifact.manifest.model.get("decoder_dtype")) in ("fp16", "float16")
+    return _Run(gate, artifact, target, exact, shipped, half)
+
+
+def _reference(artifact: Artifact, model: str | None, *, trust_remote_code: bool) -> tuple[Reference | None, str]:
+    """The original model, or None with the reason; a model that was asked for must load."""
+    if model is not None:
+        return load_reference(model, trust_remote_code=trust_remote_code), ""
+    source = str(artifact.manifest.source.get("model", ""))
+    try:
+        return load_reference(source, trust_remote_code=trust_remote_code), ""
+    except BadInputError as error:
+        return None, f"the original model could not be loaded: {error}"
+
+
+def _judge(
+    run: _Run, reference: Reference | None, why_not: str, asked: list[Question]
+) -> tuple[LoweringSummary, Answers, QuantizationSummary]:
+    codes = _check_files(run, reference)
+    prompts = build_prompts(run.gate, run.artifact, reference)
+    parts.check_processor(run.gate, prompts.probes)
+    if reference is None:
+        _without_reference(run, prompts, why_not, scored=bool(asked))
+        return LoweringSummary(), Answers(), QuantizationSummary()
+    wanted = {p.name: parts.merged_inputs(reference.runner, p.reference) for p in prompts.probes if p.reference}
+    _check_parts(run, reference, prompts, wanted)
+    with reference.with_exported_weights(codes, run.artifact.manifest):
+        totals = _check_decoder(run, reference, wanted)
+    answers, quantization = _check_quantization(run, reference, prompts, asked)
+    measured = bool(totals.kl)
+    lowering = LoweringSummary(
+        totals.max_abs_logit, totals.mean_kl() if measured else None, totals.top1() if measured else None
+    )
+    return lowering, answers, quantization
+
+
+def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedTensor]:
+    """Signatures, codes and accounting: what the files say before anything runs."""
+    gate, artifact = run.gate, run.artifact
+    kv = artifact.manifest.model["kv"]
+    geometry = reference.vlm.facts.kv if reference else KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+    check_structure(gate, artifact, geometry)
+    codes: dict[str, QuantizedTensor] = {}
+    with gate.guard("decoder/codes", "decoder", "lowering"):
+        codes, faults = read_codes(artifact)
+        faults += unrecorded_matrices(artifact)
+        name = f"codes/{faults[0].weight}" if faults else "codes/all"
+        part = faults[0].part if faults else "decoder"
+        gate.verdict(name, part, "lowering", [f"{f.weight}: {f.reason}" for f in faults], "weights that differ")
+    if reference is not None:
+        missing = account(artifact, reference.decoder_parameters())
+        gate.verdict("decoder/accounted", "decoder", "lowering", missing, "weights not listed once")
+        changed = changed_source_files(artifact.manifest, reference.vlm.path)
+        gate.verdict("model/source", "model", "lowering", changed, "files that differ")
+    return codes
+
+
+def _check_parts(run: _Run, reference: Reference, prompts: Prompts, wanted: Mapping[str, Array]) -> None:
+    limits, runner = run.target.parity, reference.runner
+    parts.check_vision(run.gate, prompts.probes, run.shipped, runner, limits)
+    vocab = reference.vlm.facts.vocab_size
+    parts.check_embedding(run.gate, run.shipped, runner, vocab, prompts.probes, limits)
+    parts.check_merged(run.gate, prompts.probes, run.shipped, wanted, limits)
+
+
+def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array]) -> LoweringTotals:
+    """The lowering of the decoder, both sides fed the original's embeddings in the graph's own precision."""
+    rounded = _round_half if run.decoder_is_half else _unchanged
+    embeds = {name: rounded(array) for name, array in wanted.items()}
+    subjects = DecoderSubjects(
+        run.exact, run.shipped, reference.runner, lambda ids: rounded(reference.runner.embed(ids))
+    )
+    limits = DecoderLimits(run.exact_rel, run.target.parity.lowering_shipped_kl)
+    totals = check_lowering(run.gate, subjects, embeds, limits)
+    check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=_takes_left_padding(run.artifact))
+    return totals
+
+
+def _check_quantization(
+    run: _Run, reference: Reference, prompts: Prompts, asked: list[Question]
+) -> tuple[Answers, QuantizationSummary]:
+    items = answer_items(prompts, asked)
+    answers, summary = Answers(), QuantizationSummary()
+    with run.gate.guard("quantization/answers", "model", "quantization"):
+        answers = collect_answers(
+            reference.runner,
+            run.shipped,
+            items,
+            prompts.decode_text,
+            _SCORED_TOKENS if asked else _UNSCORED_TOKENS,
+            reference.vlm.facts.vocab_size,
+        )
+        summary = judge_quantization(run.gate, answers, run.target.parity)
+    return answers, summary
+
+
+def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool) -> None:
+    """What can be judged without the original model; everything else is named as not run."""
+    for name, part, side in _NEEDS_REFERENCE:
+        run.gate.not_run(name, part, side, reason)
+    if scored:
+        run.gate.not_run("quantization/accuracy", "model", "quantization", reason)
+    embeds = {}
+    with run.gate.guard("model/merged_inputs_run", "model", "lowering"):
+        embeds = {p.name: parts.merged_inputs(run.shipped, p.exported) for p in prompts.probes}
+    if embeds:
+        check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=_takes_left_padding(run.artifact))
+
+
+def _takes_left_padding(artifact: Artifact) -> bool:
+    return bool(artifact.manifest.model.get("attention") == "standard")
+
+
+def _round_half(array: Array) -> Array:
+    return array.astype(np.float16).astype(np.float32)
+
+
+def _unchanged(array: Array) -> Array:
+    return array
+
+
+def _bundled_questions(artifact: Artifact, amount: Amount) -> list[Question]:
+    """The frozen questions when the export is of the bundled model, otherwise none."""
+    from vlmexport import demo
+    from vlmexport.manifest import file_sha256
+
+    weights = demo.model_dir() / "model.safetensors"
+    exported: Any = artifact.manifest.source.get("files", {})
+    if not (weights.is_file() and demo.questions_file().is_file()) or file_sha256(weights) not in exported.values():
+        return []
+    questions = load_questions(demo.questions_file())
+    return questions if amount == "all" else sample(questions)
+
+
+def _runtime_facts(run: _Run, reference: Reference | None, questions: int, seconds: float) -> dict[str, Any]:
+    import onnxruntime
+    import torch
+
+    return {
+        "target": run.target.name,
+        "provider": run.shipped.settings.provider if hasattr(run.shipped, "settings") else run.target.provider,
+        "onnxruntime": onnxruntime.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "reference": reference.vlm.source if reference else None,
+        "questions": questions,
+        "seconds": round(seconds, 2),
+    }

@@ -1,0 +1,103 @@
+"""Does every graph take and give what the split layout promises? Judged from the files alone, without running them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmexport.manifest import Artifact, TensorSpec
+from vlmexport.model.kv import KVGeometry
+from vlmexport.split.parts import Role
+from vlmexport.verify.gates import Gate
+
+_LAYER_DIMS = 4
+
+
+def check_structure(gate: Gate, artifact: Artifact, kv: KVGeometry) -> None:
+    """One check per part, ``<part>/signature``: names, dtypes and dims against the contract and the manifest.
+
+    `kv` is the cache geometry that the decoder must have: of the original model where it is at hand, since the manifest
+    may be wrong in the same way as the graph.
+    """
+    for role in Role:
+        with gate.guard(f"{role}/signature", role, "lowering"):
+            if role not in artifact.manifest.parts:
+                gate.verdict(f"{role}/signature", role, "lowering", ["the export has no such part"], "faults")
+                continue
+            faults = _signature_faults(artifact, role, kv)
+            gate.verdict(f"{role}/signature", role, "lowering", faults, "faults")
+
+
+def graph_signature(path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Inputs and outputs of an ONNX file by name (weights are not read)."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {i.name for i in graph.initializer}
+    inputs = {v.name: _spec(v) for v in graph.input if v.name not in weights}
+    return inputs, {v.name: _spec(v) for v in graph.output}
+
+
+def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[str], set[str]]:
+    """Names of the inputs and outputs that docs/manifest.md requires of a part."""
+    if role is Role.VISION_ENCODER:
+        return set(), {"vision_features"}
+    if role is Role.PROJECTOR:
+        return {"vision_features"}, {"image_features"}
+    if role is Role.EMBEDDING:
+        return {"input_ids"}, {"inputs_embeds"}
+    kinds = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
+    inputs = {"inputs_embeds", "attention_mask", "num_logits_to_keep", *(f"past_key_values.{k}" for k in kinds)}
+    if artifact.manifest.model.get("attention") == "standard":
+        inputs.add("position_ids")
+    return inputs, {"logits", *(f"present.{k}" for k in kinds)}
+
+
+def _signature_faults(artifact: Artifact, role: Role, kv: KVGeometry) -> list[str]:
+    inputs, outputs = graph_signature(artifact.part_path(role))
+    need_inputs, need_outputs = required_names(role, artifact, kv)
+    faults = [f"input {name} is missing" for name in sorted(need_inputs - inputs.keys())]
+    faults += [f"output {name} is missing" for name in sorted(need_outputs - outputs.keys())]
+    recorded = artifact.manifest.parts[role]
+    faults += _against_manifest("input", inputs, recorded.inputs)
+    faults += _against_manifest("output", outputs, recorded.outputs)
+    if role is Role.DECODER:
+        faults += _cache_faults({**inputs, **outputs}, kv)
+    return faults
+
+
+def _against_manifest(kind: str, found: dict[str, TensorSpec], recorded: tuple[TensorSpec, ...]) -> list[str]:
+    faults = []
+    for spec in recorded:
+        other = found.get(spec.name)
+        if other is None:
+            faults.append(f"{kind} {spec.name} of the manifest is missing")
+        elif (other.dtype, len(other.dims)) != (spec.dtype, len(spec.dims)) or _static_dims_differ(spec, other):
+            faults.append(f"{kind} {spec.name} is {other.dtype} {list(other.dims)}, not {spec.dtype} {list(spec.dims)}")
+    names = {spec.name for spec in recorded}
+    return faults + [f"{kind} {name} is not in the manifest" for name in sorted(found.keys() - names)]
+
+
+def _static_dims_differ(one: TensorSpec, other: TensorSpec) -> bool:
+    pairs = zip(one.dims, other.dims, strict=True)
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+
+
+def _cache_faults(specs: dict[str, TensorSpec], kv: KVGeometry) -> list[str]:
+    faults = []
+    for name, spec in specs.items():
+        if not name.startswith(("past_key_values.", "present.")):
+            continue
+        dims = spec.dims
+        good = len(dims) == _LAYER_DIMS and (dims[1], dims[3]) == (kv.heads, kv.head_dim)
+        if not good or (name.startswith("past") and dims[0] != "batch_size"):
+            faults.append(f"{name} has dims {list(dims)}, expected [batch_size, {kv.heads}, length, {kv.head_dim}]")
+    return faults
+
+
+def _spec(value: object) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type  # type: ignore[attr-defined]
+    dims = tuple(d.dim_value if d.HasField("dim_value") else str(d.dim_param) for d in tensor.shape.dim)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(value.name, dtype, dims)  # type: ignore[attr-defined]
