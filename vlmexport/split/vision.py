@@ -1,0 +1,364 @@
+"""The generic cut of the vision side: image encoder and projector, found by what they compute and never by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.manifest import TensorSpec
+from vlmexport.split.axes import dynamic_dims
+from vlmexport.split.names import module_path, weight_names
+from vlmexport.split.parts import Part, Role, Signature
+from vlmexport.split.usage import parameters_behind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vlmexport.model.load import VLM
+
+Example = dict[str, torch.Tensor]
+# Features of the replayed parts may differ from the model's by rounding only (largest difference over largest value).
+REPLAY_LIMIT = 1e-6
+
+
+class VisionPart(nn.Module):
+    """A module that computes one side of the cut and has the parameters, under their names, of the module it wraps.
+
+    `used` are the whole-model names of the parameters that reach its outputs; `outputs` names what it returns.
+    """
+
+    def __init__(self, wrapped: nn.Module, outputs: tuple[str, ...], used: tuple[str, ...]) -> None:
+        super().__init__()
+        # The very dictionaries of `wrapped`: names are equal, and a parameter swapped for a trace is swapped in both.
+        self._parameters, self._buffers, self._modules = wrapped._parameters, wrapped._buffers, wrapped._modules
+        self.outputs = outputs
+        self.used = used
+
+
+@dataclass(frozen=True)
+class ProjectorCall:
+    """How the projector is called: `spec` and `leaves` rebuild (args, kwargs); leaves that are None are tensors."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ProjectorCall, tuple[torch.Tensor, ...]]:
+        """Take a call apart: its form, and its tensors in order."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        constants = tuple(None if isinstance(leaf, torch.Tensor) else _Constant(leaf) for leaf in leaves)
+        return ProjectorCall(spec, constants), tensors
+
+    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The (args, kwargs) of the call with `tensors` in their places."""
+        supply = iter(tensors)
+        leaves = [next(supply) if leaf is None else leaf.value for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+class _Absorber:
+    """Stands for the features while the encoder is run: whatever is done to it gives an absorber.
+
+    What a model does with its features after the projector (a list of rows, a split by counts read from a tensor) would
+    otherwise be traced and fix the number of images.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> _Absorber:
+        return cls()
+
+    def __getattr__(self, name: str) -> _Absorber:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> _Absorber:
+        return self
+
+    def __getitem__(self, _key: Any) -> _Absorber:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self,))
+
+    def __len__(self) -> int:
+        return 1
+
+    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __getitem__
+
+
+class VisionEncoder(VisionPart):
+    """Processor outputs in (by name), the tensors that reach the projector out."""
+
+    def __init__(
+        self, model: PreTrainedModel, projector: nn.Module, outputs: tuple[str, ...], used: tuple[str, ...]
+    ) -> None:
+        super().__init__(model, outputs, used)
+        # In tuples, so that they are not registered a second time.
+        self._cut = (model, projector)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The projector's input tensors: one tensor, or a tuple in the order of `outputs`."""
+        model, projector = self._cut
+        with _intercepted(projector) as calls:
+            _image_features(model, inputs)
+        tensors = ProjectorCall.of(*calls[0])[1]
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+class Projector(VisionPart):
+    """The tensors that reach the projector in (by name), features ``[image_tokens, hidden]`` out."""
+
+    def __init__(
+        self, projector: nn.Module, call: ProjectorCall, inputs: tuple[str, ...], used: tuple[str, ...]
+    ) -> None:
+        super().__init__(projector, ("image_features",), used)
+        self._projector = (projector,)
+        self._call = call
+        self._inputs = inputs
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Feature rows in the order of the image tokens."""
+        args, kwargs = self._call.rebuild(tuple(inputs[name] for name in self._inputs))
+        features: torch.Tensor = self._projector[0](*args, **kwargs)
+        return features.reshape(-1, features.shape[-1])
+
+
+def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
+    """Cut the vision side of `vlm` into its VISION_ENCODER and PROJECTOR parts, and prove them on all `examples`.
+
+    `examples` are keyword inputs of the whole model. Raises `UnsupportedModelError` naming the family when there is no
+    projector to be found, or when encoder and projector do not give the features that the model merges.
+    """
+    pixels = tuple(vision_inputs(vlm, example) for example in examples)
+    projector = find_projector(vlm, pixels[0])
+    calls = [_record_call(vlm, projector, example) for example in pixels]
+    names = tuple("vision_features" if i == 0 else f"vision_features_{i}" for i in range(len(calls[0].tensors)))
+    _check_same_form(vlm, calls)
+    hidden = tuple(dict(zip(names, call.tensors, strict=True)) for call in calls)
+    for example, call in zip(hidden, calls, strict=True):
+        _check_features(vlm, Projector(projector, call.form, names, ()), example, call.features)
+    encoder_names, projector_names = _used_parameters(vlm, projector, pixels[0], calls[0])
+    encoder = VisionEncoder(vlm.model, projector, names, encoder_names)
+    # `calls` ran the same encoder on every example; one run of the wrapper (the costly side) checks how it is wired.
+    _check_encoder(vlm, encoder, pixels[0], calls[0])
+    wrapper = Projector(projector, calls[0].form, names, projector_names)
+    return _parts(vlm, encoder, wrapper, pixels, hidden)
+
+
+def part_parameter_names(part: Part) -> tuple[str, ...]:
+    """Whole-model names of the parameters that a vision-side part computes with, in the model's order."""
+    return _vision_part(part).used
+
+
+def unused_parameter_names(vlm: VLM, vision: Part, projector: Part) -> tuple[str, ...]:
+    """Parameters of the image encoder and the projector that reach no feature, so that no graph holds them."""
+    used = {*part_parameter_names(vision), *part_parameter_names(projector)}
+    encoder = _image_encoder(vlm.model)
+    inside = {} if encoder is None else weight_names(vlm.model, encoder)
+    inside |= weight_names(vlm.model, vlm.model.get_submodule(projector.prefix.removesuffix(".")))
+    return tuple(name for name in inside if name not in used)
+
+
+def vision_inputs(vlm: VLM, example: Example) -> Example:
+    """Those of the whole model's inputs that ``get_image_features`` takes."""
+    features = getattr(vlm.model, "get_image_features", None)
+    if features is None:
+        raise UnsupportedModelError(f"{vlm.facts.model_type}: the model has no get_image_features, so it cannot be cut")
+    taken = inspect.signature(features).parameters
+    found = {name: tensor for name, tensor in example.items() if name in taken}
+    if not found:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: get_image_features takes {sorted(taken)}, the processor gives {sorted(example)}"
+        )
+    return found
+
+
+def _image_features(model: Any, inputs: Example) -> Any:
+    return model.get_image_features(**inputs)
+
+
+def flat_features(vlm: VLM, result: Any) -> torch.Tensor:
+    """The features that ``get_image_features`` returned, as rows ``[image_tokens, hidden]``."""
+    features = result if isinstance(result, torch.Tensor | list | tuple) else getattr(result, "pooler_output", None)
+    rows = [features] if isinstance(features, torch.Tensor) else features
+    if not rows or not all(isinstance(r, torch.Tensor) and r.shape[-1] == vlm.facts.hidden_size for r in rows):
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: get_image_features gives no rows of the text width {vlm.facts.hidden_size}"
+        )
+    return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
+
+
+def find_projector(vlm: VLM, inputs: Example) -> nn.Module:
+    """The outermost module below the image encoder's side whose output is the features, row for row."""
+    seen: list[tuple[nn.Module, torch.Tensor]] = []
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.shape[-1:] == (vlm.facts.hidden_size,):
+            seen.append((module, output))
+
+    handles = [module.register_forward_hook(keep) for module in vlm.model.modules()]
+    try:
+        with torch.no_grad():
+            features = flat_features(vlm, _image_features(vlm.model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    encoder = _image_encoder(vlm.model)
+    around_encoder = {id(m) for m in vlm.model.modules() if encoder is not None and encoder in set(m.modules())}
+    exact = [m for m, out in seen if id(m) not in around_encoder and _same_rows(out, features)]
+    # Hooks fire on the way out, so of nested modules with the same output the outermost is the last.
+    if not exact:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: no module computes the image features that get_image_features returns (they are "
+            "packed or changed after the projector); this family needs a family module"
+        )
+    return exact[-1]
+
+
+def _same_rows(output: torch.Tensor, features: torch.Tensor) -> bool:
+    return output.numel() == features.numel() and torch.equal(output.reshape(features.shape), features)
+
+
+def _image_encoder(model: PreTrainedModel) -> nn.Module | None:
+    encoder: nn.Module = model.get_encoder("image")
+    return None if encoder in (model, model.base_model) else encoder
+
+
+@dataclass(frozen=True)
+class _Call:
+    form: ProjectorCall
+    tensors: tuple[torch.Tensor, ...]
+    features: torch.Tensor
+
+
+def _record_call(vlm: VLM, projector: nn.Module, inputs: Example) -> _Call:
+    """Run the vision side once and keep what reached the projector and what the model made of it."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = projector.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            features = flat_features(vlm, _image_features(vlm.model, inputs))
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: the projector ran {len(seen)} times for one prompt, expected 1"
+        )
+    form, tensors = ProjectorCall.of(*seen[0])
+    return _Call(form, tensors, features)
+
+
+@contextmanager
+def _intercepted(projector: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Within, calling `projector` keeps its arguments and computes nothing."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return _Absorber()
+
+    projector.__dict__["forward"] = keep
+    try:
+        yield calls
+    finally:
+        del projector.__dict__["forward"]
+
+
+def _used_parameters(
+    vlm: VLM, projector: nn.Module, inputs: Example, call: _Call
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whole-model names of the parameters behind the projector's inputs, and of those it adds itself."""
+    model = vlm.model
+
+    def encode() -> tuple[torch.Tensor, ...]:
+        with _intercepted(projector) as calls:
+            _image_features(model, inputs)
+        return ProjectorCall.of(*calls[0])[1]
+
+    def project() -> tuple[torch.Tensor, ...]:
+        args, kwargs = call.form.rebuild(call.tensors)
+        return (projector(*args, **kwargs),)
+
+    encoder_names, projector_names = parameters_behind(model, encode), parameters_behind(model, project)
+    if both := sorted(set(encoder_names) & set(projector_names)):
+        raise UnsupportedModelError(f"{vlm.facts.model_type}: encoder and projector share the parameters {both}")
+    return encoder_names, projector_names
+
+
+def _check_same_form(vlm: VLM, calls: list[_Call]) -> None:
+    for call in calls[1:]:
+        if call.form != calls[0].form:
+            raise UnsupportedModelError(
+                f"{vlm.facts.model_type}: the projector is called with {call.form.leaves} for one picture and "
+                f"{calls[0].form.leaves} for another; arguments that depend on the picture must be tensors"
+            )
+
+
+def _check_features(vlm: VLM, projector: Projector, hidden: Example, expected: torch.Tensor) -> None:
+    with torch.no_grad():
+        got = projector(**hidden)
+    if got.shape != expected.shape:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: the projector gives {got.shape[0]} rows, the model's features have "
+            f"{expected.shape[0]} (they are packed after the projector); this family needs a family module"
+        )
+    _refuse_difference(vlm, "projector", got, expected)
+
+
+def _check_encoder(vlm: VLM, encoder: VisionEncoder, inputs: Example, call: _Call) -> None:
+    with torch.no_grad():
+        got = encoder(**inputs)
+    for one, expected in zip(got if isinstance(got, tuple) else (got,), call.tensors, strict=True):
+        _refuse_difference(vlm, "image encoder", one, expected)
+
+
+def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = expected.float().abs().max().clamp_min(1e-12)
+    difference = float((got.float() - expected.float()).abs().max() / scale)
+    if not difference <= REPLAY_LIMIT:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: the replayed {what} differs from the model's own features by {difference:.2e} "
+            f"(limit {REPLAY_LIMIT:.0e}); this family needs a family module"
+        )
+
+
+def _parts(
+    vlm: VLM, encoder: VisionEncoder, projector: Projector, pixels: tuple[Example, ...], hidden: tuple[Example, ...]
+) -> tuple[Part, Part]:
+    input_dims = dynamic_dims(pixels)
+    dims = dynamic_dims([{**p, **h} for p, h in zip(pixels, hidden, strict=True)], input_dims)
+    inputs = tuple(TensorSpec(name, _dtype(t), input_dims[name]) for name, t in pixels[0].items())
+    middle = tuple(TensorSpec(name, _dtype(t), dims[name]) for name, t in hidden[0].items())
+    features = TensorSpec("image_features", "float32", ("image_tokens", vlm.facts.hidden_size))
+    prefix = module_path(vlm.model, projector._projector[0]) + "."
+    return (
+        Part(Role.VISION_ENCODER, encoder, "", Signature(inputs, middle), pixels),
+        Part(Role.PROJECTOR, projector, prefix, Signature(middle, (features,)), hidden),
+    )
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    """The graph's dtype of a tensor: every float is float32, whatever the checkpoint computes in."""
+    return "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+
+
+def _vision_part(part: Part) -> VisionPart:
+    if not isinstance(part.module, VisionPart):
+        raise TypeError(f"{part.role} is not a part of the vision side")
+    return part.module
