@@ -17,8 +17,8 @@ def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
     """Quantize ``weight`` ``[N, K]`` (any float dtype, any device) by rounding each value to its nearest code.
 
     Symmetric: codes around ``2**(bits-1)``, scale the smallest that represents both extremes of the group
-    (``max(w)/(2**(bits-1)-1)`` or ``-min(w)/2**(bits-1)``, whichever is larger; always positive). Asymmetric: the group's
-    range including 0 spread over all codes. Scales are rounded to float16 *before* the codes are chosen.
+    (``max(w)/(2**(bits-1)-1)`` or ``-min(w)/2**(bits-1)``, whichever is larger; always positive). Asymmetric: the
+    group's range including 0 spread over all codes. Scales are rounded to float16 *before* the codes are chosen.
 
     Raises `BadInputError` when K is not a multiple of the group size or the weight holds NaN or infinity.
     """
@@ -29,7 +29,8 @@ def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
             f"{name}: {columns} input features are not a multiple of group size {group_size}; "
             "choose a smaller --group-size or keep this layer with --keep"
         )
-    chunks = weight.reshape(rows, columns // group_size, group_size).split(max(1, _CHUNK_ELEMENTS // columns))
+    groups = weight.reshape(rows, columns // group_size, group_size)
+    chunks = torch.split(groups, max(1, _CHUNK_ELEMENTS // columns))
     scale = storable_scale(torch.cat([_scale(chunk.float(), scheme, name) for chunk in chunks]))
     parts, start = [], 0
     for chunk in chunks:

@@ -52,8 +52,8 @@ def _merge_spec(vlm: VLM, calls: list[DecoderCall]) -> MergeSpec:
     for call in calls:
         if call.extras:
             raise UnsupportedModelError(
-                f"{family}: the decoder also takes {', '.join(sorted(call.extras))}; only families whose image features "
-                "replace token embeddings are supported yet"
+                f"{family}: the decoder also takes {', '.join(sorted(call.extras))}; only families whose image "
+                "features replace token embeddings are supported yet"
             )
         mask, positions = call.kwargs.get("attention_mask"), call.kwargs.get("position_ids")
         if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
@@ -80,10 +80,9 @@ def _merge_difference(
     with torch.no_grad():
         embeds = vlm.model.get_input_embeddings()(ids).clone()
     places = ids == merge.image_token_id
-    if int(places.sum()) != features.shape[0]:
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: {int(places.sum())} image tokens in the prompt but {features.shape[0]} feature rows"
-        )
+    tokens, rows = int(places.sum()), features.shape[0]
+    if tokens != rows:
+        raise UnsupportedModelError(f"{vlm.facts.model_type}: {tokens} image tokens in the prompt, {rows} feature rows")
     embeds[places] = features.to(embeds.dtype)
     return _refuse_difference(vlm, "merged embeddings", embeds, call.kwargs["inputs_embeds"])
 
@@ -91,7 +90,8 @@ def _merge_difference(
 def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.Tensor) -> float:
     if got.shape != expected.shape:
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: the replayed {what} have shape {tuple(got.shape)}, the model's {tuple(expected.shape)}"
+            f"{vlm.facts.model_type}: the replayed {what} have shape {tuple(got.shape)}, "
+            f"the model's {tuple(expected.shape)}"
         )
     scale = expected.float().abs().max().clamp_min(1e-12)
     difference = float((got.float() - expected.float()).abs().max() / scale)

@@ -259,15 +259,15 @@ class DecoderAssembler:
             past_value=past[1],
         )
         result = self.dialect.attention(self.tape, call)
-        for present, past_value, what in (
-            (result.present_key, past[0], "key"),
-            (result.present_value, past[1], "value"),
-        ):
-            present.name, present.type = f"present.{layer}.{what}", past_value.type
-            dims = list(_required(past_value.shape))
-            present.shape = ir.Shape([*dims[:2], "total_sequence_length", dims[3]])
-            self.presents.append(present)
+        self._present(result.present_key, past[0], f"present.{layer}.key")
+        self._present(result.present_value, past[1], f"present.{layer}.value")
         self._output(node.outputs[0], result.output, heads, head_dim, prefix)
+
+    def _present(self, present: ir.Value, past: ir.Value, name: str) -> None:
+        dims = list(_required(past.shape))
+        present.name, present.type = name, past.type
+        present.shape = ir.Shape([*dims[:2], "total_sequence_length", dims[3]])
+        self.presents.append(present)
 
     def _output(self, traced: ir.Value, flat: ir.Value, heads: int, head_dim: int, prefix: str) -> None:
         flat.name = f"{prefix}{traced.name}.flat"
@@ -304,7 +304,7 @@ def assemble_decoder(
         "position_ids": _graph_input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]),
         "num_logits_to_keep": _graph_input("num_logits_to_keep", ir.DataType.INT64, []),
     }
-    past_dims = ["batch_size", kv.heads, "past_sequence_length", kv.head_dim]
+    past_dims: list[int | str] = ["batch_size", kv.heads, "past_sequence_length", kv.head_dim]
     pasts = [
         (
             _graph_input(f"past_key_values.{i}.key", kind, past_dims),

@@ -19,7 +19,7 @@ from vlmexport.quantize.rtn import quantize_rtn
 from vlmexport.quantize.tensor import QuantizedTensor, stack_rows
 
 MICROSOFT = "com.microsoft"
-_NUMPY = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+_NUMPY: dict[ir.DataType, type[np.generic]] = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LinearEmitter:
         """An initializer of `tensor`'s shape in `dtype` (default: the activation type)."""
         kind = dtype or self.float_type
         value = initializer(name, kind, tensor.shape)
-        self.groups.append(WeightGroup((value,), lambda: (_checked_cast(name, tensor, kind),)))
+        self.groups.append(WeightGroup((value,), lambda: (checked_cast(name, tensor, kind),)))
         return value
 
     def _planned(self, member: LinearRef) -> WeightPlan:
@@ -129,7 +129,7 @@ class LinearEmitter:
         return quantize_rtn(self.tensors[member.weight], scheme, member.weight)
 
     def _dense(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str) -> ir.Value:
-        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "fp16" else self.float_type
+        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else self.float_type
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         weight = initializer(name, stored, (columns, rows))
         self.groups.append(WeightGroup((weight,), lambda: (self._dense_weight(members, stored),)))
@@ -139,7 +139,7 @@ class LinearEmitter:
         return out if bias is None else tape.op("Add", [out, bias])
 
     def _dense_weight(self, members: tuple[LinearRef, ...], dtype: ir.DataType) -> np.ndarray:
-        parts = [_checked_cast(m.weight, self.tensors[m.weight].t(), dtype) for m in members]
+        parts = [checked_cast(m.weight, self.tensors[m.weight].t(), dtype) for m in members]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _bias(self, members: tuple[LinearRef, ...], name: str) -> ir.Value | None:
@@ -149,7 +149,8 @@ class LinearEmitter:
         return self.constant(f"{name}.bias", torch.cat(rows))
 
 
-def _checked_cast(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
+def checked_cast(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
+    """`tensor` as a float32 or float16 array; raises `BadInputError` when a finite value overflows float16."""
     array = tensor.float().contiguous().numpy()
     if dtype == ir.DataType.FLOAT:
         return array

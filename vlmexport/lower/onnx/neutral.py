@@ -5,8 +5,8 @@ whole-model parameter name and carry no data, so a trace is small and independen
 
 - ``Linear(x) -> y``: attributes `weight`, `bias` (names, ``""`` for none), `in_features`, `out_features`
 - ``RMSNorm(x) -> y``: attributes `weight`, `epsilon`, `offset` (1.0 for ``1 + w`` norms)
-- ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]`` out;
-  attributes `layer`, `scale`, `softcap`, `window`
+- ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]``
+  out; attributes `layer`, `scale`, `softcap`, `window`
 - ``LayerIn(x) -> x``, ``LayerOut(x) -> x``: brackets around decoder layer `layer`
 """
 

@@ -14,7 +14,7 @@ _MAX_BLOCK = 256
 
 @dataclass(frozen=True)
 class MatMulNBitsArrays:
-    """The operator's initializers: codes uint8 ``[N, K/g, g*bits/8]``, scale ``[N, K/g]``, packed zero points or None."""
+    """The operator's initializers: codes uint8 ``[N, K/g, g*bits/8]``, scale ``[N, K/g]``, zero points or None."""
 
     codes: np.ndarray
     scale: np.ndarray

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from vlmexport.progress import Progress
 
@@ -39,15 +37,10 @@ def initializer(name: str, dtype: ir.DataType, shape: Iterable[int]) -> ir.Value
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """`tensor` as numpy, bfloat16 included."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
-
-
 def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, progress: Progress, title: str) -> None:
     """Make every group that the graph still uses, write it beside the graph, and save the graph to `path`.
+
+    Initializers that already have (lazy) data are written after the groups, one by one.
 
     External data goes to ``<path>_data``. Raises ValueError when an initializer ends without data, or when a group's
     array has another shape or dtype than its initializer.
@@ -61,12 +54,25 @@ def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, p
                 value.const_value = _store(value, array, file, data_path)
                 graph.register_initializer(value)
             stage.advance()
+        for value in [v for v in graph.initializers.values() if _is_large(v)]:
+            value.const_value = _store(value, _array(value), file, data_path)
     if data_path.stat().st_size == 0:
         data_path.unlink()
     empty = [name for name, value in graph.initializers.items() if value.const_value is None]
     if empty:
         raise ValueError(f"initializers without data: {', '.join(sorted(empty)[:4])}")
     ir.save(model, path)
+
+
+def _is_large(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= INLINE_BYTES
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    if value.const_value is None:
+        raise ValueError(f"{value.name}: no data")
+    return value.const_value.numpy()
 
 
 def _store(value: ir.Value, array: np.ndarray, file: BinaryIO, data_path: Path) -> ir.TensorProtocol:

@@ -1,0 +1,67 @@
+"""The model card of an export: what it is, how to run it, what was kept and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from vlmexport.manifest import Manifest
+
+_LINEAGE_KEYS = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def model_card(manifest: Manifest, source: Path) -> str:
+    """README.md of the export: hub metadata, then the numbers and commands a user needs. Lines are markdown."""
+    lines = [*_metadata(manifest, source), "", f"# {Path(manifest.source['model']).name}: ONNX export", ""]
+    lines += [
+        f"`{manifest.source['architecture']}` split into {', '.join(f'`{p.file}`' for p in manifest.parts.values())} by "
+        f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile).",
+        "",
+        _quantization(manifest),
+        "",
+        "## Run it",
+        "",
+        "```sh",
+        'vlmexport run . --image picture.png --prompt "What is in this picture?"',
+        "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL",
+        "```",
+        "",
+        "The graphs' inputs, outputs and the way they fit together are in `manifest.json`; the decoder needs "
+        f"{'right padding' if manifest.model['padding'] == 'right' else 'no particular padding'}.",
+        "",
+        "## Weights kept unquantized",
+        "",
+        "| part | dtype | count | reason |",
+        "|---|---|---|---|",
+    ]
+    counts = Counter((k.part, k.dtype, k.reason) for k in manifest.unquantized)
+    lines += [f"| {part} | {dtype} | {n} | {reason} |" for (part, dtype, reason), n in sorted(counts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(manifest: Manifest, source: Path) -> list[str]:
+    kept = _lineage(source / "README.md")
+    lines = ["---", "library_name: onnx", "pipeline_tag: image-text-to-text", "tags:", "- onnx", "- vlmexport"]
+    return [*lines, *kept, "---"]
+
+
+def _lineage(readme: Path) -> list[str]:
+    """Licence and lineage lines of the source model's own card."""
+    if not readme.is_file():
+        return []
+    text = readme.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not text or text[0].strip() != "---" or "---" not in text[1:]:
+        return []
+    header = text[1 : text.index("---", 1)]
+    return [line for line in header if line.split(":")[0] in _LINEAGE_KEYS and line.split(":", 1)[-1].strip()]
+
+
+def _quantization(manifest: Manifest) -> str:
+    if not manifest.quantized:
+        return f"No weight is quantized; the decoder computes in {manifest.model['decoder_dtype']}."
+    kinds = Counter(
+        f"{r.bits}-bit {'symmetric' if r.symmetric else 'asymmetric'}, groups of {r.group_size}"
+        for r in manifest.quantized
+    )
+    told = "; ".join(f"{n} matrices {kind}" for kind, n in kinds.items())
+    return f"Decoder: {told}. Vision encoder, projector and embedding are not quantized."

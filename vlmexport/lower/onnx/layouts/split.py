@@ -1,0 +1,72 @@
+"""The ``split`` layout: one graph per part at the root of the folder, each with its external data (docs/manifest.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.decoder import FLOAT_TYPES, lower_decoder
+from vlmexport.lower.onnx.embedding import lower_embedding
+from vlmexport.lower.onnx.encoder import lower_vision
+from vlmexport.lower.onnx.precision import VisionPrecision
+from vlmexport.lower.onnx.weights import stream_weights
+from vlmexport.lower.result import Emitted
+from vlmexport.manifest import KeptTensor, PartFile, QuantizedRecord, TensorSpec
+from vlmexport.model.load import VLM
+from vlmexport.plan import ExportPlan
+from vlmexport.progress import Progress
+from vlmexport.split.parts import Role, Split
+from vlmexport.target import Target
+
+
+def emit_split(vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder: Path, progress: Progress) -> Emitted:
+    """Write the four graphs of `split` into `folder`, one after the other."""
+    parts: dict[str, PartFile] = {}
+    kept_as: dict[str, tuple[str, str]] = {}
+    precision = VisionPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
+    for role in (Role.VISION_ENCODER, Role.PROJECTOR):
+        graph = lower_vision(vlm, split.parts[role], precision, target.onnx.opset)
+        kept_as.update(graph.stored)
+        stream_weights(graph.model, (), folder / f"{role}.onnx", progress, f"write {role}")
+        parts[role] = part_file(graph.model, f"{role}.onnx")
+    table = lower_embedding(split.parts[Role.EMBEDDING], target.onnx.opset, FLOAT_TYPES[plan.decoder_dtype])
+    stream_weights(table.model, table.groups, folder / f"{Role.EMBEDDING}.onnx", progress, f"write {Role.EMBEDDING}")
+    parts[Role.EMBEDDING] = part_file(table.model, f"{Role.EMBEDDING}.onnx")
+    decoder = lower_decoder(vlm, split.parts[Role.DECODER], plan, target)
+    title = "quantize and write decoder" if plan.options.scheme is not None else "write decoder"
+    stream_weights(decoder.model, decoder.linears.groups, folder / f"{Role.DECODER}.onnx", progress, title)
+    parts[Role.DECODER] = part_file(decoder.model, f"{Role.DECODER}.onnx")
+    quantized = tuple(decoder.linears.records)
+    return Emitted(parts, quantized, _kept(plan, quantized, kept_as))
+
+
+def part_file(model: ir.Model, file: str) -> PartFile:
+    """The typed inputs and outputs of a graph, as the manifest lists them."""
+    return PartFile(file, tuple(_spec(v) for v in model.graph.inputs), tuple(_spec(v) for v in model.graph.outputs))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None or value.shape is None or value.name is None:
+        raise ValueError(f"graph input or output {value.name} has no type")
+    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, dims)
+
+
+def _kept(
+    plan: ExportPlan, quantized: tuple[QuantizedRecord, ...], kept_as: dict[str, tuple[str, str]]
+) -> tuple[KeptTensor, ...]:
+    """Every planned weight that is in no quantized tensor; refuses one that was planned to be."""
+    inside = {member.name for record in quantized for member in record.members}
+    lost = [w.name for w in plan.weights if w.action == "quantize" and w.name not in inside]
+    if lost:
+        raise UnsupportedModelError(
+            f"{len(lost)} weights were planned to be quantized but no graph uses them: {lost[0]}"
+        )
+    kept = []
+    for weight in plan.weights:
+        if weight.name not in inside:
+            dtype, reason = kept_as.get(weight.name, (weight.dtype, weight.reason))
+            kept.append(KeptTensor(weight.name, weight.part, dtype, reason or weight.reason))
+    return tuple(kept)
