@@ -169,14 +169,15 @@ def _ragged_batch(
 
 def _greedy(gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits) -> None:
     """Greedy answers are equal, unless two tokens are as likely as each other within the error that is allowed."""
-    faults = []
     with gate.guard("decoder/greedy", PART, "lowering"):
-        for name, sequence in embeds.items():
-            wanted, tokens = _greedy_steps(subjects.reference, subjects.embed, sequence, DECODE_STEPS)
-            _, found = _greedy_steps(subjects.exact, subjects.embed, sequence, DECODE_STEPS)
-            differ = np.nonzero(tokens != found)[0]
-            if differ.size and not _tie(wanted[differ[0]], int(found[differ[0]]), limits.exact_rel):
-                faults.append(f"{name}: token {differ[0]} is {found[differ[0]]}, expected {tokens[differ[0]]}")
+        rows = list(embeds.values())
+        wanted, tokens = _greedy_batch(subjects.reference, subjects.embed, rows, DECODE_STEPS)
+        _, found = _greedy_batch(subjects.exact, subjects.embed, rows, DECODE_STEPS)
+        faults = []
+        for row, name in enumerate(embeds):
+            differ = np.nonzero(tokens[:, row] != found[:, row])[0]
+            if differ.size and not _tie(wanted[differ[0], row], int(found[differ[0], row]), limits.exact_rel):
+                faults.append(f"{name}: token {differ[0]} is {found[differ[0], row]}, not {tokens[differ[0], row]}")
         gate.verdict("decoder/greedy", PART, "lowering", faults, "prompts that differ")
 
 
@@ -199,6 +200,18 @@ def _greedy_steps(runner: Runner, embed: Embed, prompt: Array, steps: int) -> tu
         rows.append(logits)
         tokens.append(int(logits.argmax()))
     return np.stack(rows), np.array(tokens[:steps], dtype=np.int64)
+
+
+def _greedy_batch(runner: Runner, embed: Embed, rows: list[Array], steps: int) -> tuple[Array, Ids]:
+    """Logits ``[steps, batch, vocab]`` and greedy tokens ``[steps, batch]`` of prompts in one right-padded batch."""
+    embeds, mask = _pad(rows, "right")
+    logits, cache = runner.prefill(embeds, mask, 1)
+    kept = [logits[:, -1]]
+    for _ in range(steps - 1):
+        tokens = kept[-1].argmax(axis=-1).astype(np.int64)
+        kept.append(runner.decode(embed(tokens[:, None]), cache)[:, -1])
+    stacked = np.stack(kept)
+    return stacked, stacked.argmax(axis=-1).astype(np.int64)
 
 
 def _forced_steps(runner: Runner, embed: Embed, prompt: Array, tokens: Ids) -> Array:
