@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,16 +111,30 @@ def _emit(on_text: Callable[[str], None], text: str) -> None:
         on_text(text)
 
 
-def generate_ids(runner: Runner, batch: Sequence[ModelInputs], sampling: Sampling = GREEDY) -> Generation:
-    """Generate for a batch of prompts at once, right-padded and decoded ragged; stop texts are not looked at."""
+def generate_ids(
+    runner: Runner,
+    batch: Sequence[ModelInputs],
+    sampling: Sampling = GREEDY,
+    *,
+    end_tokens: Collection[int] | None = None,
+) -> Generation:
+    """Generate for a batch of prompts at once, right-padded and decoded ragged; stop texts are not looked at.
+
+    `end_tokens` replaces the runner's own end tokens; empty means that every answer has ``max_new_tokens`` tokens.
+    """
     timings = Timings()
-    steps = list(generate_steps(runner, batch, sampling, timings))
+    steps = list(generate_steps(runner, batch, sampling, timings, end_tokens=end_tokens))
     rows = zip(*steps, strict=True)
     return Generation(tuple(tuple(t for t in row if t is not None) for row in rows), timings)
 
 
 def generate_steps(
-    runner: Runner, batch: Sequence[ModelInputs], sampling: Sampling, timings: Timings
+    runner: Runner,
+    batch: Sequence[ModelInputs],
+    sampling: Sampling,
+    timings: Timings,
+    *,
+    end_tokens: Collection[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one step at a time: the next token of each row, None once the row has ended.
 
@@ -128,12 +142,13 @@ def generate_steps(
     """
     if not batch:
         raise BadInputError("there is no prompt to generate from")
+    end = list(runner.eos_token_ids if end_tokens is None else end_tokens)
     generator = sampling.generator()
     ended = np.zeros(len(batch), dtype=bool)
     logits, cache = _start(runner, batch, sampling.max_new_tokens, timings)
     for step in range(sampling.max_new_tokens):
         chosen = [choose(row[-1], sampling, generator) for row in logits]
-        ended |= np.isin(chosen, runner.eos_token_ids)
+        ended |= np.isin(chosen, end)
         yield [None if done else token for token, done in zip(chosen, ended, strict=True)]
         if ended.all() or step + 1 == sampling.max_new_tokens:
             return

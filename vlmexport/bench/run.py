@@ -1,0 +1,167 @@
+"""`bench_artifact`: the export and PyTorch measured in one run, alternated, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmexport.bench.memory import folder_bytes
+from vlmexport.bench.process import Worker, started
+from vlmexport.bench.timing import Round, summarise
+from vlmexport.bench.worker import Contender, save_inputs
+from vlmexport.errors import BadInputError, NotPossibleHereError
+from vlmexport.manifest import Artifact, open_artifact
+from vlmexport.model.checkpoint import read_checkpoint
+from vlmexport.model.source import resolve_source
+from vlmexport.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmexport.runtime.protocol import ModelInputs
+
+DEFAULT_PROMPT = "What is in the picture?"
+REFERENCES = {"pytorch_fp32": "float32", "pytorch_bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was measured; the keys of each contender are in docs of ``bench --json``.
+
+    `ratios` are all "more is better for the export": speed over the reference's, reference's bytes over the export's.
+    `settings` says how it was measured.
+    """
+
+    artifact: dict[str, float]
+    references: dict[str, dict[str, float]]
+    ratios: dict[str, float]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``bench --json`` writes it."""
+        return asdict(self)
+
+
+def bench_artifact(
+    path: Path,
+    *,
+    model: str | None = None,
+    prompt: str = DEFAULT_PROMPT,
+    images: Sequence[Path] = (),
+    tokens: int = 64,
+    rounds: int = 3,
+    threads: int = 0,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> BenchReport:
+    """Measure the export in `path` and, in the same run, PyTorch with `model` (default: what it was made from).
+
+    `images` default to a drawn picture. Each contender answers the prompt with `tokens` decode steps, once to warm up
+    and `rounds` times for the record, taking turns. `threads` 0 = all that this process may use. When `model` is not
+    given and the original is gone, there are no references and ``settings["references"]`` says why.
+    """
+    artifact = open_artifact(path)
+    threads = threads or usable_cores()
+    with tempfile.TemporaryDirectory(prefix="vlmexport-bench-") as folder:
+        inputs = Path(folder) / "inputs.npz"
+        prepared = _inputs(artifact, prompt, images)
+        save_inputs(prepared, inputs)
+        base = Contender("artifact", str(path), "float32", threads, str(inputs), tokens, trust_remote_code)
+        contenders, note = _contenders(artifact, model, base)
+        measured = _measure(contenders, rounds, progress or SilentProgress())
+    ours = _with_size(measured.pop("artifact"), sum(f.bytes for f in artifact.manifest.files.values()))
+    size = folder_bytes(Path(contenders["pytorch_fp32"].path), _is_weights) if measured else 0
+    references = {name: _with_size(values, size) for name, values in measured.items()}
+    settings = {
+        "threads": threads,
+        "rounds": rounds,
+        "decode_tokens": tokens,
+        "prompt_tokens": int(prepared.input_ids.shape[1]),
+        "images": len(images) or 1,
+        "references": note,
+    }
+    return BenchReport(ours, references, _ratios(ours, references), settings)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _inputs(artifact: Artifact, prompt: str, images: Sequence[Path]) -> ModelInputs:
+    from vlmexport.runtime.prompt import PromptBuilder
+
+    return PromptBuilder(artifact.path).build(list(images) or [_drawn_picture()], prompt)
+
+
+def _drawn_picture() -> Image:
+    """A picture that every run and machine draws alike: two shapes on a colour ramp."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.linear_gradient("L").resize((384, 288)).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((40, 60, 160, 180), fill=(200, 30, 40))
+    draw.ellipse((220, 90, 340, 210), fill=(30, 60, 200))
+    return picture
+
+
+def _contenders(artifact: Artifact, model: str | None, base: Contender) -> tuple[dict[str, Contender], str]:
+    """All contenders by name, and what to say about the references."""
+    source = model or str(artifact.manifest.source.get("model", ""))
+    try:
+        original = resolve_source(source, trust_remote_code=base.trust_remote_code)
+        read_checkpoint(original, trust_remote_code=base.trust_remote_code)
+    except (BadInputError, NotPossibleHereError) as error:
+        if model:
+            raise
+        return {"artifact": base}, f"not measured: {error}"
+    made = {name: _reference(base, original, dtype) for name, dtype in REFERENCES.items()}
+    return {"artifact": base, **made}, f"PyTorch with {source}"
+
+
+def _reference(base: Contender, original: Path, dtype: Any) -> Contender:
+    return Contender("pytorch", str(original), dtype, base.threads, base.inputs, base.tokens, base.trust_remote_code)
+
+
+def _measure(contenders: dict[str, Contender], rounds: int, progress: Progress) -> dict[str, dict[str, float]]:
+    """Speed, load time and memory of every contender; rounds alternate so that a busy moment hits all of them."""
+    with ExitStack() as stack, progress.stage("bench", len(contenders) * (rounds + 1)) as stage:
+        workers = {name: stack.enter_context(started(c)) for name, c in contenders.items()}
+        done: dict[str, list[Round]] = {name: [] for name in contenders}
+        for number in range(rounds + 1):
+            for name, worker in workers.items():
+                measured = Round.from_dict(worker.ask("round"))
+                if number:  # the first is the warm-up
+                    done[name].append(measured)
+                stage.advance(description=f"{name}, round {number}" if number else f"{name}, warm-up")
+        return {name: _figures(done[name], worker) for name, worker in workers.items()}
+
+
+def _figures(rounds: list[Round], worker: Worker) -> dict[str, float]:
+    speed = summarise(rounds)
+    peak = worker.ask("end")["peak_rss"]
+    per_gb = speed["decode_tok_s"] / (peak / 1e9)
+    return {**speed, "tok_s_per_gb": per_gb, "peak_rss_bytes": peak, "load_s": worker.load_s}
+
+
+def _with_size(values: dict[str, float], size: int) -> dict[str, float]:
+    return {**values, "size_bytes": size}
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix == ".safetensors"
+
+
+def _ratios(ours: dict[str, float], references: dict[str, dict[str, float]]) -> dict[str, float]:
+    more = {"decode": "decode_tok_s", "prefill": "prefill_tok_s"}
+    less = {"ttft": "ttft_ms", "load": "load_s", "memory": "peak_rss_bytes", "size": "size_bytes"}
+    ratios: dict[str, float] = {}
+    for name, theirs in references.items():
+        ratios |= {f"{label}_vs_{name}": ours[key] / theirs[key] for label, key in more.items()}
+        ratios |= {f"{label}_vs_{name}": theirs[key] / ours[key] for label, key in less.items() if ours[key]}
+    return ratios

@@ -1,0 +1,102 @@
+"""One contender in its own process, so that its peak memory is its own: ``python -m vlmexport.bench.worker SPEC``.
+
+Reads one word per line: ``round`` runs one answer and prints it as JSON, ``end`` prints the memory and leaves. The
+first line it prints says how long loading took. SPEC is the JSON of a `Contender`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+import numpy as np
+
+from vlmexport.bench.memory import read_memory
+from vlmexport.bench.timing import measure_round
+from vlmexport.errors import VlmExportError
+from vlmexport.runtime.protocol import ModelInputs, Runner
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who is measured: an export (`path` is its folder) or PyTorch on `path` in `dtype`; on which inputs, how long."""
+
+    kind: Literal["artifact", "pytorch"]
+    path: str
+    dtype: Literal["float32", "bfloat16"]
+    threads: int
+    inputs: str
+    tokens: int
+    trust_remote_code: bool = False
+
+
+def save_inputs(inputs: ModelInputs, path: Path) -> None:
+    """Write prepared inputs for `load_inputs`: workers measure models and need no processor."""
+    arrays: dict[str, NDArray[np.int64]] = {f"pixel.{name}": value for name, value in inputs.pixel_inputs.items()}
+    np.savez(path, allow_pickle=False, input_ids=inputs.input_ids, **arrays)
+
+
+def load_inputs(path: Path) -> ModelInputs:
+    """Read what `save_inputs` wrote."""
+    with np.load(path) as file:
+        pixels = {n.removeprefix("pixel."): file[n] for n in file.files if n.startswith("pixel.")}
+        return ModelInputs(file["input_ids"], pixels)
+
+
+def serve(contender: Contender, commands: IO[str], replies: IO[str]) -> None:
+    """Load the contender and answer `commands` until ``end``; every reply is one JSON line."""
+    start = time.perf_counter()
+    runner = _artifact(contender) if contender.kind == "artifact" else _pytorch(contender)
+    _reply(replies, {"load_s": time.perf_counter() - start})
+    inputs = load_inputs(Path(contender.inputs))
+    for command in commands:
+        if command.strip() == "end":
+            break
+        _reply(replies, measure_round(runner, inputs, contender.tokens).to_dict())
+    _reply(replies, asdict(read_memory()))
+
+
+def _artifact(contender: Contender) -> Runner:
+    from vlmexport.manifest import open_artifact
+    from vlmexport.runtime.ort import OnnxRunner
+
+    runner = OnnxRunner(open_artifact(Path(contender.path), check_hashes=False), threads=contender.threads)
+    runner.load()
+    return runner
+
+
+def _pytorch(contender: Contender) -> Runner:
+    import torch
+
+    from vlmexport.model.load import load_vlm
+    from vlmexport.runtime.torch import TorchRunner
+
+    torch.set_num_threads(contender.threads)
+    vlm = load_vlm(contender.path, trust_remote_code=contender.trust_remote_code)
+    torch.nn.Module.to(vlm.model, getattr(torch, contender.dtype))
+    return TorchRunner(vlm)
+
+
+def _reply(stream: IO[str], data: dict[str, object]) -> None:
+    stream.write(json.dumps(data) + "\n")
+    stream.flush()
+
+
+def main() -> int:
+    """Serve on standard input and output; an error of ours is one JSON line with its message and exit code."""
+    try:
+        serve(Contender(**json.loads(sys.argv[1])), sys.stdin, sys.stdout)
+    except VlmExportError as error:
+        _reply(sys.stdout, {"error": str(error), "exit_code": error.exit_code})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
