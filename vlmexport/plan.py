@@ -261,7 +261,7 @@ class _Planner:
 
     def _decoder_scheme(self, name: str, tensor: torch.Tensor) -> tuple[QuantScheme | None, str]:
         if tensor.ndim < 2:
-            return None, "1-D (norm or bias)"
+            return None, "1-D: norm or bias"
         if name not in self._linear:
             return None, "not the weight of a linear layer"
         if name == self._head and self.options.lm_head == "fp16":
@@ -302,7 +302,7 @@ def _linear_weights(vlm: VLM) -> frozenset[str]:
 def _head_weight_name(vlm: VLM) -> str:
     from vlmexport.split.names import module_path
 
-    head: Any = vlm.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = vlm.model.get_output_embeddings()
     return module_path(vlm.model, head) + ".weight"
 
 

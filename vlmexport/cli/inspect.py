@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -35,37 +36,46 @@ def command(session: Session, model: str, trust_remote_code: bool) -> None:
 
 
 def print_report(report: InspectReport, console: Console) -> None:
-    """The report as tables."""
+    """The report: a table of the parts, then one line per fact."""
+    console.print(
+        f"{report.model}: {report.architecture} ({report.model_type}), weights in {report.dtype}",
+        style="bold", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    _print_parts(report, console)
+    for line in _facts(report):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_parts(report: InspectReport, console: Console) -> None:
+    from rich import box
     from rich.table import Table
 
-    console.print(f"[bold]{report.model}[/]  {report.architecture} ({report.model_type}), weights in {report.dtype}")
-    table = Table("part", "modules")
+    table = Table("part", box=box.SIMPLE)
     for header in ("parameters", "share", "FP16", "INT4 g32"):
         table.add_column(header, justify="right")
     for part in report.parts:
         sizes = (bytes_text(part.fp16_bytes), bytes_text(part.int4_bytes))
-        table.add_row(part.role, ", ".join(part.modules), count_text(part.parameters), f"{part.share:.1%}", *sizes)
+        table.add_row(part.role, count_text(part.parameters), f"{part.share:.1%}", *sizes)
     total = (bytes_text(sum(p.fp16_bytes for p in report.parts)), bytes_text(sum(p.int4_bytes for p in report.parts)))
-    table.add_row("total", "", count_text(report.parameters), "", *total, style="bold")
+    table.add_row("total", count_text(report.parameters), "", *total, style="bold")
     console.print(table)
+
+
+def _facts(report: InspectReport) -> Iterator[str]:
+    for part in report.parts:
+        yield f"{part.role}: {', '.join(part.modules)}"
     if report.tied_embeddings:
-        console.print("The LM head is tied to the embedding: counted once here, exported as a copy of its own.")
-    console.print(f"merge: {report.merge}; positions: {report.positions}; image token id {report.image_token_id}")
+        yield "the LM head is tied to the embedding: counted once here, a copy of its own in an export"
+    if report.merge is not None:
+        yield f"images: {report.merge} at token {report.image_token_id}, positions {report.positions}"
     for size, tokens in report.tokens_per_image.items():
-        console.print(f"  an image of {size} becomes {tokens} tokens")
-    if report.tokens_per_image_note:
-        console.print(f"  {report.tokens_per_image_note}")
-    _print_cache(report, console)
-    for target in report.targets:
-        state = "[green]yes[/]" if target.can_export else "[red]no[/]"
-        console.print(f"target {target.name}: {state}  {target.reason}")
-    console.print(f"suggested: [bold]{report.recipe.command}[/]\n  {report.recipe.reason}")
-
-
-def _print_cache(report: InspectReport, console: Console) -> None:
+        yield f"  a picture of {size} becomes {tokens} tokens"
+    yield f"  {report.tokens_per_image_note}"
     kv = report.kv
     lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.bytes_at.items())
-    console.print(
-        f"KV cache (FP16): {kv.layers} layers x {kv.heads} heads x {kv.head_dim}: "
-        f"{bytes_text(kv.bytes_per_token)} per token, {lengths}"
-    )
+    geometry = f"{kv.layers} layers x {kv.heads} heads x {kv.head_dim}"
+    yield f"KV cache (FP16): {geometry}: {bytes_text(kv.bytes_per_token)} per token, {lengths}"
+    for target in report.targets:
+        yield f"target {target.name}: {'yes' if target.can_export else 'no'}: {target.reason}"
+    yield f"suggested: {report.recipe.command}"
+    yield f"  {report.recipe.reason}"

@@ -6,11 +6,12 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vlmexport.progress import Progress
-
-P = ParamSpec("P")
 
 
 @dataclass
@@ -71,42 +70,36 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def common_options(function: Callable[Concatenate[Session, P], None]) -> Callable[P, None]:
-    """Add ``--verbose``, ``--quiet`` and ``--json`` to a command, which gets them as a `Session`."""
+def common_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--verbose``, ``--quiet`` and ``--json`` to a command, which gets the `Session` as its first argument."""
 
-    @click.option(
-        "--verbose",
-        "-v",
-        is_flag=True,
-        show_default="off",
-        help="Show library messages, and the traceback of an internal error.",
-    )
-    @click.option(
-        "--quiet", "-q", is_flag=True, show_default="off", help="Print errors only (and the answer of `run`)."
-    )
+    @click.option("--verbose", "-v", is_flag=True, show_default="off", help="Show library messages and tracebacks.")
+    @click.option("--quiet", "-q", is_flag=True, show_default="off", help="Print only errors, and `run`'s answer.")
     @click.option(
         "--json", "json_path", metavar="FILE", default=None, show_default="none",
         help="Write the machine-readable result to FILE; `-` is stdout.",
     )  # fmt: skip
-    @click.pass_obj
     @functools.wraps(function)
-    def command(
-        session: Session, /, *args: P.args, verbose: bool, quiet: bool, json_path: str | None, **kwargs: P.kwargs
-    ) -> None:
+    def command(*, verbose: bool, quiet: bool, json_path: str | None, **values: Any) -> None:
+        session = click.get_current_context().ensure_object(Session)
         if verbose and quiet:
             raise click.UsageError("--verbose and --quiet exclude each other")
         session.verbose, session.quiet, session.json_path = verbose, quiet, json_path
         with _library_noise(verbose):
-            function(session, *args, **kwargs)
+            function(session, **values)
 
-    return command  # type: ignore[return-value]  # click passes the first argument, which no signature can say
+    return command
 
 
 @contextmanager
 def _library_noise(verbose: bool) -> Iterator[None]:
+    if verbose:
+        yield
+        return
     # transformers and huggingface_hub read these when they are imported, which is later, inside the command.
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    yield
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

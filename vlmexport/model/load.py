@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmexport.errors import UnsupportedModelError
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
+from vlmexport.model.checkpoint import Checkpoint, check_loading, read_checkpoint
 from vlmexport.model.kv import KVGeometry
+from vlmexport.model.source import resolve_source
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -60,42 +66,116 @@ class VLM:
 def load_vlm(source: str, *, trust_remote_code: bool = False) -> VLM:
     """Load the model `source` (a folder, a hub id, or ``demo``).
 
-    Raises `BadInputError` with one clear line for anything that is not a loadable vision-language model.
+    Every tensor of the checkpoint is accounted for: nothing is filled with random numbers and nothing is left over.
+    Raises `BadInputError` with one clear line for anything that is not a loadable vision-language model, and
+    `NotPossibleHereError` when a hub id cannot be fetched.
     """
-    from transformers import AutoModelForImageTextToText
-
-    path = Path(source)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+    path = resolve_source(source, trust_remote_code=trust_remote_code)
+    checkpoint = read_checkpoint(path, trust_remote_code=trust_remote_code)
+    model = _from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     model.eval()
+    model.requires_grad_(False)
     return VLM(source, path, model.config, model, model_facts(model), trust_remote_code)
 
 
+def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.path,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported in `info`, with both shapes, and refused there
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise BadInputError(f"{checkpoint.path}: the weights cannot be read: {_one_line(error)}") from error
+    except ImportError as error:
+        raise NotPossibleHereError(f"{checkpoint.path} needs a package that is missing: {_one_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        # transformers checks configs by using them: a wrong value surfaces as any of these.
+        raise BadInputError(
+            f"{checkpoint.path}: transformers cannot build model_type {checkpoint.model_type!r}: {_one_line(error)}"
+        ) from error
+    check_loading(checkpoint.path, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the loading bars and the load report: what it says is raised by `check_loading`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def model_facts(model: PreTrainedModel) -> ModelFacts:
-    """Read `ModelFacts` from a loaded model's config."""
+    """Read `ModelFacts` from a loaded model's config; raises `UnsupportedModelError` naming what it lacks."""
     config = model.config
     text = config.get_text_config()
-    image_token = getattr(config, "image_token_id", None)
-    if image_token is None:
-        image_token = getattr(config, "image_token_index", None)
-    if image_token is None:
-        raise UnsupportedModelError(f"{config.model_type}: the config has no image token id, so features have no place")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{config.model_type}: the model has no LM head, so it writes no text")
     return ModelFacts(
         architecture=type(model).__name__,
         model_type=config.model_type,
-        dtype=str(model.dtype).removeprefix("torch."),
-        image_token_id=image_token,
+        dtype=_checkpoint_dtype(model),
+        image_token_id=_image_token_id(config),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        kv=KVGeometry(text.num_hidden_layers, kv_heads, head_dim),
-        tied_embeddings=_shares_storage(model),
-        eos_token_ids=eos_ids,
+        kv=_kv_geometry(config.model_type, text),
+        tied_embeddings=bool(model.get_input_embeddings().weight.data_ptr() == head.weight.data_ptr()),
+        eos_token_ids=_eos_token_ids(model, text),
     )
 
 
-def _shares_storage(model: PreTrainedModel) -> bool:
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and bool(table.weight.data_ptr() == head.weight.data_ptr())
+def _checkpoint_dtype(model: PreTrainedModel) -> str:
+    name = str(model.dtype).removeprefix("torch.")
+    if name not in FLOAT_DTYPES:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: the weights are {name}; supported are {', '.join(FLOAT_DTYPES)}"
+        )
+    return name
+
+
+def _image_token_id(config: PreTrainedConfig) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    raise UnsupportedModelError(f"{config.model_type}: the config has no image token id, so features have no place")
+
+
+def _kv_geometry(model_type: str, text: Any) -> KVGeometry:
+    heads = getattr(text, "num_attention_heads", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    if not heads or not layers:
+        raise UnsupportedModelError(f"{model_type}: the text config names no attention heads or layers")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return KVGeometry(layers, getattr(text, "num_key_value_heads", None) or heads, head_dim)
+
+
+def _eos_token_ids(model: PreTrainedModel, text: Any) -> tuple[int, ...]:
+    generation = model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    if eos is None:
+        eos = getattr(text, "eos_token_id", None)
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

@@ -1,0 +1,205 @@
+"""What `vlmexport inspect` tells about a model: parts, sizes, how images enter, cache, targets, recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, plan_export
+from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.target import load_target, target_names
+
+if TYPE_CHECKING:
+    from vlmexport.model.load import VLM
+    from vlmexport.split.parts import Split
+
+CONTEXTS = (1024, 4096, 32768)
+# Parameters. Smaller models lose more from few bits and from large groups.
+SMALL_MODEL = 3_000_000_000
+_PICTURE_SIZES = ((224, 224), (640, 480), (480, 640), (1920, 1080))
+_INT4_GROUP = 32
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part: `modules` of the PyTorch model, parameters, share of the whole, and bytes at two precisions.
+
+    `int4_bytes` counts every matrix at 4 bits with a float16 scale per 32 input features, and the rest at FP16.
+    """
+
+    role: str
+    modules: tuple[str, ...]
+    parameters: int
+    share: float
+    fp16_bytes: int
+    int4_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The KV cache of one sequence at FP16; `bytes_at` by context length in tokens."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    bytes_per_token: int
+    bytes_at: dict[str, int]
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """Whether `name` can take the model with its default options, and if not, why."""
+
+    name: str
+    can_export: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The suggested export; `command` can be typed as it is."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    command: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """Everything ``vlmexport inspect`` says; None or empty where a refused split leaves it unknown."""
+
+    model: str
+    architecture: str
+    model_type: str
+    dtype: str
+    parameters: int
+    parts: tuple[PartReport, ...]
+    tied_embeddings: bool
+    merge: str | None
+    positions: str | None
+    image_token_id: int
+    tokens_per_image: dict[str, int]
+    tokens_per_image_note: str
+    kv: CacheReport
+    targets: tuple[TargetReport, ...]
+    recipe: Recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report with the keys of the CLI reference."""
+        return dataclasses.asdict(self)
+
+
+def inspect_vlm(vlm: VLM) -> InspectReport:
+    """Describe `vlm`; a model that cannot be split is still described, with the reason at every target."""
+    from vlmexport.split.capture import split_model
+
+    parameters = sum(p.numel() for p in vlm.model.parameters())
+    split, refusal = None, ""
+    try:
+        split = split_model(vlm)
+    except UnsupportedModelError as error:
+        refusal = str(error)
+    tokens, note = tokens_per_image(vlm)
+    return InspectReport(
+        model=vlm.source,
+        architecture=vlm.facts.architecture,
+        model_type=vlm.facts.model_type,
+        dtype=vlm.facts.dtype,
+        parameters=parameters,
+        parts=() if split is None else part_reports(vlm, split),
+        tied_embeddings=vlm.facts.tied_embeddings,
+        merge=None if split is None else split.merge.place,
+        positions=None if split is None else split.merge.position,
+        image_token_id=vlm.facts.image_token_id,
+        tokens_per_image=tokens,
+        tokens_per_image_note=note,
+        kv=cache_report(vlm),
+        targets=tuple(_target_report(name, vlm, split, refusal) for name in target_names()),
+        recipe=suggest_recipe(vlm.source, parameters),
+    )
+
+
+def part_reports(vlm: VLM, split: Split) -> tuple[PartReport, ...]:
+    """Sizes of the four parts. A tied LM head is counted once, with the embedding."""
+    plan = plan_export(vlm, split, load_target("cpu"), OnnxOptions(scheme=None))
+    weights = [w for w in plan.weights if w.bytes_before]
+    total = sum(w.elements for w in weights)
+    return tuple(_part_report(str(role), [w for w in weights if w.part == role], total) for role in split.parts)
+
+
+def _part_report(role: str, weights: list[WeightPlan], total: int) -> PartReport:
+    parameters = sum(w.elements for w in weights)
+    modules = tuple(dict.fromkeys(_module(w.name) for w in weights))
+    int4 = sum(_int4_bytes(w) for w in weights)
+    return PartReport(role, modules, parameters, parameters / max(total, 1), 2 * parameters, int4)
+
+
+def _module(name: str) -> str:
+    """``model.text_model`` of ``model.text_model.layers.0...``: enough to recognise a part by."""
+    path = name.split(".")[:-1]
+    return ".".join(path[:2]) if path[0] == "model" else path[0]
+
+
+def _int4_bytes(weight: WeightPlan) -> int:
+    if len(weight.shape) < 2:
+        return 2 * weight.elements
+    rows, columns = weight.shape[0], weight.elements // weight.shape[0]
+    groups = -(-columns // _INT4_GROUP)
+    return -(-weight.elements // 2) + 2 * rows * groups
+
+
+def cache_report(vlm: VLM) -> CacheReport:
+    """KV-cache size: ``2 * layers * KV heads * head dim * 2`` bytes per token."""
+    kv = vlm.facts.kv
+    per_token = kv.bytes_per_token()
+    return CacheReport(kv.layers, kv.heads, kv.head_dim, per_token, {str(n): n * per_token for n in CONTEXTS})
+
+
+def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:
+    """Image tokens in the prompt by picture size (``640x480``), as the model's own processor makes them.
+
+    The second value says why the first is empty, or that the number is fixed.
+    """
+    from vlmexport.split.examples import draw_picture, example_inputs, load_processor
+
+    try:
+        processor = load_processor(vlm)
+        found = {
+            f"{w}x{h}": int(
+                (
+                    example_inputs(vlm, processor, [draw_picture(w, h)], "?")["input_ids"] == vlm.facts.image_token_id
+                ).sum()
+            )
+            for w, h in _PICTURE_SIZES
+        }
+    except UnsupportedModelError as error:
+        return {}, f"tokens per image are unknown: {error}"
+    return found, "the number is fixed" if len(set(found.values())) == 1 else "the number depends on the picture's size"
+
+
+def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> TargetReport:
+    target = load_target(name)
+    if split is None:
+        return TargetReport(name, False, refusal)
+    try:
+        plan: ExportPlan = plan_export(vlm, split, target, OnnxOptions(target=name))
+    except BadInputError as error:
+        return TargetReport(name, False, str(error))
+    megabytes = plan.bytes_after / 1e6
+    return TargetReport(name, True, f"{target.description}; {megabytes:.1f} MB of weights with the default options")
+
+
+def suggest_recipe(model: str, parameters: int) -> Recipe:
+    """A first choice by model size: small models lose more from 4 bits, so they get 8 bits first."""
+    if parameters < SMALL_MODEL:
+        scheme = QuantScheme(bits=8, group_size=32)
+        reason = "below 3 B parameters 8 bits are the safe first choice; then try 4 bits and read what the gate says"
+    else:
+        scheme = QuantScheme(bits=4, group_size=32)
+        reason = "from 3 B parameters on 4 bits in groups of 32 are the first choice; the gate says what they cost"
+    command = f"vlmexport onnx --model {model} --out OUT --bits {scheme.bits} --group-size {scheme.group_size}"
+    return Recipe(scheme.bits, scheme.group_size, scheme.symmetric, command, reason)
