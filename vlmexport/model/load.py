@@ -79,6 +79,7 @@ def load_vlm(source: str, *, trust_remote_code: bool = False) -> VLM:
 
 
 def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
@@ -97,7 +98,7 @@ def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreT
         raise BadInputError(f"{checkpoint.path}: the weights cannot be read: {_one_line(error)}") from error
     except ImportError as error:
         raise NotPossibleHereError(f"{checkpoint.path} needs a package that is missing: {_one_line(error)}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         # transformers checks configs by using them: a wrong value surfaces as any of these.
         raise BadInputError(
             f"{checkpoint.path}: transformers cannot build model_type {checkpoint.model_type!r}: {_one_line(error)}"

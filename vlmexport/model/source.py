@@ -29,7 +29,7 @@ def resolve_source(source: str, *, trust_remote_code: bool = False) -> Path:
     if path.exists():
         raise BadInputError(f"{source} is a file; give the model's folder")
     match = _HUB_ID.fullmatch(source)
-    if match is None:
+    if match is None or path.parent.is_dir():
         raise BadInputError(f"no such folder: {source} (a hub id looks like name/model, the bundled model is `{DEMO}`)")
     return _download(match["repo"], match["revision"], trust_remote_code=trust_remote_code)
 
