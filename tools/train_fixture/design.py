@@ -1,0 +1,78 @@
+"""Sizes, seeds and schedule of the bundled model: everything that decides what the training produces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from transformers import Idefics3Config, LlamaConfig
+
+from vlmexport.calibrate.synthetic import CALIBRATION_SEEDS, TEST_SEEDS, TRAIN_SEEDS
+
+TILE: Final = 32
+PATCH: Final = 8
+SHUFFLE: Final = 2
+TOKENS_PER_TILE: Final = (TILE // PATCH) ** 2 // SHUFFLE**2
+VOCABULARY: Final = 512
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; `rows` is per process."""
+
+    steps: int = 1200
+    rows: int = 32
+    ranks: int = 2
+    warmup: int = 30
+    decay_from: float = 0.4
+    muon_rate: float = 3e-3
+    adam_rate: float = 2e-3
+    questions_per_row: int = 5
+    pair_share: float = 0.06
+    seed: int = 1
+
+
+def check_seeds() -> None:
+    """Raise unless training, calibration and test seeds are disjoint."""
+    ordered = sorted((TRAIN_SEEDS, CALIBRATION_SEEDS, TEST_SEEDS), key=lambda seeds: seeds.start)
+    for before, after in pairwise(ordered):
+        if before.stop > after.start:
+            raise ValueError(f"seed ranges overlap: {before} and {after}")
+
+
+def model_config(token_ids: dict[str, int]) -> Idefics3Config:
+    """Return the configuration; `token_ids` gives the ids of bos, eos, pad and image."""
+    special = {f"{name}_token_id": token_ids[name] for name in ("bos", "eos", "pad")}
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        # llama.cpp's converter finds the text architecture by this name.
+        architectures=["LlamaForCausalLM"],
+        **special,
+    )
+    vision = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "image_size": TILE,
+        "patch_size": PATCH,
+    }
+    return Idefics3Config(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=SHUFFLE,
+        image_token_id=token_ids["image"],
+        tie_word_embeddings=False,
+        **special,
+    )
