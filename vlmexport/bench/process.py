@@ -50,10 +50,14 @@ def _as_raised(data: dict[str, Any]) -> VlmExportError:
     return error
 
 
+def worker_command(contender: Contender) -> list[str]:
+    """The command line that measures `contender`."""
+    return [sys.executable, "-m", "vlmexport.bench.worker", json.dumps(asdict(contender))]
+
+
 @contextmanager
-def started(contender: Contender) -> Iterator[Worker]:
-    """A worker for `contender`, ended with the ``with`` block."""
-    command = [sys.executable, "-m", "vlmexport.bench.worker", json.dumps(asdict(contender))]
+def started(command: list[str]) -> Iterator[Worker]:
+    """A worker process that speaks the lines of `vlmexport.bench.worker`, ended with the ``with`` block."""
     # A file and not a pipe: nobody reads while the worker runs, and progress bars would fill a pipe.
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,

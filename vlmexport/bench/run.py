@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmexport.bench.memory import folder_bytes
-from vlmexport.bench.process import Worker, started
+from vlmexport.bench.process import Worker, started, worker_command
 from vlmexport.bench.timing import Round, summarise
 from vlmexport.bench.worker import Contender, save_inputs
 from vlmexport.errors import BadInputError, NotPossibleHereError
@@ -131,7 +131,7 @@ def _reference(base: Contender, original: Path, dtype: Any) -> Contender:
 def _measure(contenders: dict[str, Contender], rounds: int, progress: Progress) -> dict[str, dict[str, float]]:
     """Speed, load time and memory of every contender; rounds alternate so that a busy moment hits all of them."""
     with ExitStack() as stack, progress.stage("bench", len(contenders) * (rounds + 1)) as stage:
-        workers = {name: stack.enter_context(started(c)) for name, c in contenders.items()}
+        workers = {name: stack.enter_context(started(worker_command(c))) for name, c in contenders.items()}
         done: dict[str, list[Round]] = {name: [] for name in contenders}
         for number in range(rounds + 1):
             for name, worker in workers.items():
