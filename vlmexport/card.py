@@ -13,8 +13,9 @@ _LINEAGE_KEYS = ("license", "license_name", "license_link", "language", "base_mo
 def model_card(manifest: Manifest, source: Path) -> str:
     """README.md of the export: hub metadata, then the numbers and commands a user needs. Lines are markdown."""
     lines = [*_metadata(manifest, source), "", f"# {Path(manifest.source['model']).name}: ONNX export", ""]
+    graphs = ", ".join(f"`{part.file}`" for part in manifest.parts.values())
     lines += [
-        f"`{manifest.source['architecture']}` split into {', '.join(f'`{p.file}`' for p in manifest.parts.values())} by "
+        f"`{manifest.source['architecture']}` split into {graphs} by "
         f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile).",
         "",
         _quantization(manifest),

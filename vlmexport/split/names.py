@@ -13,7 +13,7 @@ def module_path(model: nn.Module, module: nn.Module) -> str:
     """Dotted path of `module` inside `model` (``""`` for the model itself); KeyError when it is not inside."""
     for path, candidate in model.named_modules():
         if candidate is module:
-            return path
+            return str(path)
     raise KeyError(f"{type(module).__name__} is not a module of {type(model).__name__}")
 
 

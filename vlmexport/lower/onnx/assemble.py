@@ -10,12 +10,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
+from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.trace import TracedDecoder
 from vlmexport.model.kv import KVGeometry
 
 _IR_VERSION = 10
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _T = TypeVar("_T")
 
 
@@ -167,8 +168,8 @@ class DecoderAssembler:
                 self.names[node.outputs[0]] = self._new(node.inputs[0])
             elif node.op_type == "Linear":
                 ref = self._linear_ref(node, layer, kind)
-                x = self._new(node.inputs[0])
-                self._define(node.outputs[0], self.linears.emit(self.tape, x, (ref,), ref.weight), prefix)
+                product = self.linears.emit(self.tape, self._new(node.inputs[0]), (ref,), ref.weight)
+                self._define(node.outputs[0], product, prefix, product.dtype)
             elif node.op_type == "RMSNorm":
                 self._norm(node, prefix, layer, kind)
             elif node.op_type == "Attention":
@@ -190,18 +191,15 @@ class DecoderAssembler:
             tensor = _required(value.const_value)
             if len(tensor.shape) > 1 and tensor.size > 64:
                 raise UnsupportedModelError(f"the decoder's trace holds the weight {value.name}, which no rule writes")
-            array = tensor.numpy()
-            if value.dtype == ir.DataType.FLOAT and self.float_type != ir.DataType.FLOAT:
-                array = array.astype(self.float_type.numpy())
-            made = ir.Tensor(array, name=f"constant.{value.name}")
+            made = ir.Tensor(tensor.numpy(), name=f"constant.{value.name}")
             self.constants[value] = ir.Value(
                 name=f"constant.{value.name}", type=ir.TensorType(made.dtype), shape=value.shape, const_value=made
             )
         return self.constants[value]
 
-    def _define(self, traced: ir.Value, new: ir.Value, prefix: str) -> None:
+    def _define(self, traced: ir.Value, new: ir.Value, prefix: str, float_type: ir.DataType | None = None) -> None:
         new.name = f"{prefix}{traced.name}"
-        dtype = self.float_type if traced.dtype == ir.DataType.FLOAT else traced.dtype
+        dtype = (float_type or self.float_type) if traced.dtype == ir.DataType.FLOAT else traced.dtype
         if dtype is not None:
             new.type = ir.TensorType(dtype)
         new.shape = traced.shape
@@ -213,12 +211,21 @@ class DecoderAssembler:
             self.names[node.outputs[0]] = self.flat[source]  # [B, S, N, D] back to [B, S, N * D]: never left it
             return
         inputs = [None if v is None else self._new(v) for v in node.inputs]
+        kind = self._float_kind(inputs)
+        inputs = [v if v is None or v.dtype not in _FLOATS else cast(self.tape, v, kind) for v in inputs]
         attributes = {a.name: a for a in node.attributes.values()}
         outputs = self.tape.op_multi_out(
             node.op_type, inputs, attributes, domain=node.domain, num_outputs=len(node.outputs)
         )
         for old, new in zip(node.outputs, outputs, strict=True):
-            self._define(old, new, prefix)
+            self._define(old, new, prefix, kind)
+
+    def _float_kind(self, inputs: list[ir.Value | None]) -> ir.DataType:
+        """Float type of a copied node: the widest of its operands; numbers made from integers start in float32."""
+        kinds = {v.dtype for v in inputs if v is not None and v.const_value is None and v.dtype in _FLOATS}
+        if ir.DataType.FLOAT in kinds or not kinds:
+            return ir.DataType.FLOAT
+        return self.float_type
 
     def _weight_name(self, name: str, layer: int, kind: int) -> str:
         own = self.traced.layer_paths[kind] + "."
@@ -233,21 +240,22 @@ class DecoderAssembler:
     def _norm(self, node: ir.Node, prefix: str, layer: int, kind: int) -> None:
         name = self._weight_name(node.attributes["weight"].as_string(), layer, kind)
         offset, epsilon = node.attributes["offset"].as_float(), node.attributes["epsilon"].as_float()
-        weight = self.linears.constant(name, self.linears.tensors[name].float() + offset)
         x = self._new(node.inputs[0])
+        weight = self.linears.constant(name, self.linears.tensors[name].float() + offset, x.dtype)
         normed, again = self.dialect.rms_norm(self.tape, x, weight, epsilon)
         if again is not None:
             again.name, again.type, again.shape = f"{x.name}.sum", x.type, x.shape
             self.replaced[x] = again
-        self._define(node.outputs[0], normed, prefix)
+        normed.type, normed.shape = x.type, x.shape
+        self._define(node.outputs[0], cast(self.tape, normed, self.float_type), prefix)
 
     def _attention(self, node: ir.Node, prefix: str, layer: int, kind: int, past: tuple[ir.Value, ir.Value]) -> None:
         query, key, value = (_required(v) for v in node.inputs)
         heads, head_dim = _static(query, 1), _static(query, 3)
         call = AttentionCall(
-            query=self._new(query),
-            key=self._new(key),
-            value=self._new(value),
+            query=cast(self.tape, self._new(query), self.float_type),
+            key=cast(self.tape, self._new(key), self.float_type),
+            value=cast(self.tape, self._new(value), self.float_type),
             packed=self._packed(node, layer, kind) if self.dialect.packs_qkv else None,
             heads=heads,
             kv_heads=_static(key, 1),
@@ -270,7 +278,8 @@ class DecoderAssembler:
         self.presents.append(present)
 
     def _output(self, traced: ir.Value, flat: ir.Value, heads: int, head_dim: int, prefix: str) -> None:
-        flat.name = f"{prefix}{traced.name}.flat"
+        flat.name, flat.type = f"{prefix}{traced.name}.flat", ir.TensorType(self.float_type)
+        flat.shape = ir.Shape([*list(_required(traced.shape))[:2], heads * head_dim])
         self.flat[traced] = flat
         shape = self.tape.initializer(ir.tensor([0, 0, heads, head_dim], name=f"{prefix}{traced.name}.shape"))
         self._define(traced, self.tape.op("Reshape", [flat, shape]), prefix)
@@ -316,8 +325,7 @@ def assemble_decoder(
     hidden = build.hidden_states(inputs, pasts)
     kept = _keep_positions(build.tape, hidden, inputs["num_logits_to_keep"], dialect.last_valid(build.tape))
     logits = linears.emit(build.tape, kept, (head,), head.weight)
-    if kind != ir.DataType.FLOAT:
-        logits = build.tape.op("Cast", [logits], {"to": int(ir.DataType.FLOAT)})
+    logits = cast(build.tape, logits, ir.DataType.FLOAT)
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["batch_size", "kept_length", head.out_features])
     if not dialect.needs_position_ids:
@@ -350,7 +358,9 @@ def _keep_positions(tape: Tape, hidden: ir.Value, count: ir.Value, last: ir.Valu
     end = tape.op("Where", [all_rows, tape.op("Sub", [length, one]), last])  # [B]
     offsets = tape.op("Sub", [tape.op("Range", [zero, kept, one]), tape.op("Sub", [kept, one])])
     rows = tape.op("Max", [tape.op("Add", [tape.op("Unsqueeze", [end, axis]), offsets]), zero])
-    return tape.op("GatherND", [hidden, tape.op("Unsqueeze", [rows, final_axis])], {"batch_dims": 1})
+    kept_rows = tape.op("GatherND", [hidden, tape.op("Unsqueeze", [rows, final_axis])], {"batch_dims": 1})
+    kept_rows.type = hidden.type
+    return kept_rows
 
 
 def _graph_input(name: str, dtype: ir.DataType, dims: list[int | str]) -> ir.Value:

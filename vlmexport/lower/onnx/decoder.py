@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
+import torch
+from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.assemble import Dialect, assemble_decoder
@@ -20,6 +24,8 @@ from vlmexport.split.parts import Part
 from vlmexport.target import Target
 
 FLOAT_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+# A sixteenth of the largest float16: what the examples show is not the largest that users will see.
+FP16_SAFE = 65504 / 16
 # Attention with past and present came to the standard operators with this opset.
 _STANDARD_OPSET = 23
 
@@ -43,14 +49,36 @@ def lower_decoder(vlm: VLM, part: Part, plan: ExportPlan, target: Target, *, rep
         raise TypeError(f"the decoder part holds a {type(module).__name__}")
     gqa = plan.options.attention == "gqa"
     traced = trace_decoder(vlm.model, module, fuse_rotary=gqa, repeat=repeat)
-    linears = LinearEmitter(
-        weight_names(vlm.model, module), plan, FLOAT_TYPES[plan.decoder_dtype], target.onnx.accuracy_level
-    )
+    kind = FLOAT_TYPES[plan.decoder_dtype]
+    wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part)
+    linears = LinearEmitter(weight_names(vlm.model, module), plan, kind, target.onnx.accuracy_level, wide)
     head = _head(vlm, module)
     graph = assemble_decoder(
         traced, vlm.facts.kv, vlm.facts.hidden_size, head, _dialect(traced, linears, target), linears
     )
     return DecoderGraph(graph, linears)
+
+
+def wide_linears(vlm: VLM, part: Part) -> frozenset[str]:
+    """Weights of decoder linears whose output on the part's examples comes near the range of float16."""
+    peaks: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def keep(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+            peaks[name] = max(peaks.get(name, 0.0), float(out.abs().max()))
+
+        return keep
+
+    linears = [m for m in part.module.modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(watch(f"{module_path(vlm.model, m)}.weight")) for m in linears]
+    try:
+        with torch.no_grad():
+            for example in part.examples:
+                part.module(**example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name, peak in peaks.items() if not peak <= FP16_SAFE)
 
 
 def _dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> Dialect:
@@ -60,8 +88,6 @@ def _dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> D
 
 
 def _head(vlm: VLM, module: DecoderPart) -> LinearRef:
-    from torch import nn
-
     head = module.head
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(

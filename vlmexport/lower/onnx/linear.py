@@ -36,22 +36,31 @@ class LinearRef:
 class LinearEmitter:
     """Emits linear layers as the plan says, and collects the weight groups that the nodes need.
 
-    `tensors` are the model's parameters by whole-model name, `float_type` the decoder's activation type. After the
-    groups have been produced, `records` says which codes went into which initializer.
+    `tensors` are the model's parameters by whole-model name, `float_type` the decoder's activation type. `wide` are
+    weights whose products leave the range of float16: with a float16 activation type they are computed and handed on in
+    float32. After the groups have been produced, `records` says which codes went into which initializer.
     """
 
     tensors: Mapping[str, torch.Tensor]
     plan: ExportPlan
     float_type: ir.DataType
     accuracy_level: int
+    wide: frozenset[str] = frozenset()
     groups: list[WeightGroup] = field(default_factory=list)
     records: list[QuantizedRecord] = field(default_factory=list)
 
     def emit(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str) -> ir.Value:
-        """``x [..., K]`` times all `members` stacked along the output: ``[..., sum(out_features)]``."""
-        if self.uniform(members) and self._planned(members[0]).action == "quantize":
-            return self._quantized(tape, x, members, name)
-        return self._dense(tape, x, members, name)
+        """``x [..., K]`` times all `members` stacked along the output: ``[..., sum(out_features)]``.
+
+        `x` may be wider than the activation type; the result is so only for members in `wide`.
+        """
+        keep_wide = any(m.weight in self.wide for m in members)
+        kind = ir.DataType.FLOAT if keep_wide or x.dtype == ir.DataType.FLOAT else self.float_type
+        x = cast(tape, x, kind)
+        quantize = self.uniform(members) and self._planned(members[0]).action == "quantize"
+        product = (self._quantized if quantize else self._dense)(tape, x, members, name)
+        product.type = ir.TensorType(kind)
+        return product if keep_wide else cast(tape, product, self.float_type)
 
     def uniform(self, members: tuple[LinearRef, ...]) -> bool:
         """True when all members are treated alike, so that one matrix can hold them."""
@@ -78,11 +87,11 @@ class LinearEmitter:
         blocks = columns // block
         values = [
             initializer(f"{name}.codes", ir.DataType.UINT8, (rows, blocks, block * scheme.bits // 8)),
-            initializer(f"{name}.scale", self.float_type, (rows, blocks)),
+            initializer(f"{name}.scale", _dtype(x), (rows, blocks)),
         ]
         if not scheme.symmetric:
             values.append(initializer(f"{name}.zero_point", ir.DataType.UINT8, (rows, -(-blocks * scheme.bits // 8))))
-        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name)))
+        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name, _dtype(x))))
         attributes = {
             "K": columns,
             "N": rows,
@@ -91,16 +100,16 @@ class LinearEmitter:
             "accuracy_level": self.accuracy_level,
         }
         inputs: list[ir.Value | None] = [x, *values]
-        bias = self._bias(members, name)
+        bias = self._bias(members, name, _dtype(x))
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
         return tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
-    def _make_codes(self, members: tuple[LinearRef, ...], name: str) -> tuple[np.ndarray, ...]:
+    def _make_codes(self, members: tuple[LinearRef, ...], name: str, kind: ir.DataType) -> tuple[np.ndarray, ...]:
         tensors = [self._quantize(m) for m in members]
         ends = np.cumsum([t.shape[0] for t in tensors]).tolist()
         stacked = stack_rows(tensors)
-        packed = pack_matmul_nbits(stacked, _NUMPY[self.float_type])
+        packed = pack_matmul_nbits(stacked, _NUMPY[kind])
         if not np.isfinite(packed.scale).all():
             raise BadInputError(
                 f"{name}: a scale overflows FP16; keep this layer with --keep or use --decoder-dtype fp32"
@@ -129,24 +138,39 @@ class LinearEmitter:
         return quantize_rtn(self.tensors[member.weight], scheme, member.weight)
 
     def _dense(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str) -> ir.Value:
-        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else self.float_type
+        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else _dtype(x)
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         weight = initializer(name, stored, (columns, rows))
         self.groups.append(WeightGroup((weight,), lambda: (self._dense_weight(members, stored),)))
-        operand = weight if stored == self.float_type else tape.op("Cast", [weight], {"to": int(self.float_type)})
+        operand = cast(tape, weight, _dtype(x))
         out = tape.op("MatMul", [x, operand])
-        bias = self._bias(members, name)
+        bias = self._bias(members, name, _dtype(x))
         return out if bias is None else tape.op("Add", [out, bias])
 
     def _dense_weight(self, members: tuple[LinearRef, ...], dtype: ir.DataType) -> np.ndarray:
         parts = [checked_cast(m.weight, self.tensors[m.weight].t(), dtype) for m in members]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def _bias(self, members: tuple[LinearRef, ...], name: str) -> ir.Value | None:
+    def _bias(self, members: tuple[LinearRef, ...], name: str, kind: ir.DataType) -> ir.Value | None:
         if not any(m.bias for m in members):
             return None
         rows = [self.tensors[m.bias].float() if m.bias else torch.zeros(m.out_features) for m in members]
-        return self.constant(f"{name}.bias", torch.cat(rows))
+        return self.constant(f"{name}.bias", torch.cat(rows), kind)
+
+
+def cast(tape: Tape, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    """`value` as `kind`: itself, or behind a Cast."""
+    if _dtype(value) == kind:
+        return value
+    out = tape.op("Cast", [value], {"to": int(kind)})
+    out.type, out.shape = ir.TensorType(kind), value.shape
+    return out
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.dtype is None:
+        raise ValueError(f"{value.name} has no type yet")
+    return value.dtype
 
 
 def checked_cast(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:

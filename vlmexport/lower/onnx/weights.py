@@ -91,5 +91,5 @@ def _write_aligned(file: BinaryIO, array: np.ndarray) -> int:
     step = _PAGE if array.nbytes >= _PAGE else _ALIGN
     offset = -(-file.tell() // step) * step
     file.write(b"\0" * (offset - file.tell()))
-    file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+    np.ascontiguousarray(array).tofile(file)
     return offset

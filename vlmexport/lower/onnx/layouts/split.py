@@ -1,4 +1,4 @@
-"""The ``split`` layout: one graph per part at the root of the folder, each with its external data (docs/manifest.md)."""
+"""The ``split`` layout: one graph per part at the root of the folder, with its external data (docs/manifest.md)."""
 
 from __future__ import annotations
 
