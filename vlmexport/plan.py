@@ -212,8 +212,9 @@ def _owners(vlm: VLM, split: Split) -> list[_Owned]:
     identities = {id(o.tensor) for o in owned.values()}
     lost = [name for name, parameter in everything.items() if id(parameter) not in identities]
     if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: {len(lost)} weights belong to no part and would be lost; the first is {lost[0]}"
+            f"{vlm.facts.model_type}: weights that belong to no part, so that an export would lose them: {lost[0]}{more}"
         )
     return list(owned.values())
 

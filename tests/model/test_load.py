@@ -84,19 +84,19 @@ def test_a_truncated_file_is_refused(copy: Path, keep: int) -> None:
 def test_a_missing_shard_is_named(copy: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInputError, match="model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(BadInputError, match=r"model-00001-of-00002\.safetensors is missing"):
         load_vlm(str(copy))
 
 
 def test_a_missing_tensor_is_never_made_up(copy: Path) -> None:
     edit_weights(copy, lambda t: t.__delitem__(first(t, "q_proj.weight")))
-    with pytest.raises(BadInputError, match=r"1 weights are missing.*q_proj\.weight"):
+    with pytest.raises(BadInputError, match=r"weights missing from the files: .*q_proj\.weight"):
         load_vlm(str(copy))
 
 
 def test_a_left_over_tensor_is_never_dropped(copy: Path) -> None:
     edit_weights(copy, lambda t: t.update({"stray.weight": torch.ones(2, 2)}))
-    with pytest.raises(BadInputError, match=r"no place in the model; the first: stray\.weight"):
+    with pytest.raises(BadInputError, match=r"no place in the model: stray\.weight"):
         load_vlm(str(copy))
 
 
@@ -112,7 +112,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(copy: Path) -> None:
 
 def test_a_text_model_is_told_apart(copy: Path) -> None:
     edit_config(copy, model_type="llama", architectures=["LlamaForCausalLM"])
-    with pytest.raises(UnsupportedModelError, match="no vision-language model.*'llama'"):
+    with pytest.raises(UnsupportedModelError, match=r"no vision-language model.*'llama'"):
         load_vlm(str(copy))
 
 
@@ -130,7 +130,7 @@ def test_remote_code_needs_the_flag(copy: Path) -> None:
 
 def test_a_quantized_checkpoint_is_refused(copy: Path) -> None:
     edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedModelError, match="already quantized .method gptq"):
+    with pytest.raises(UnsupportedModelError, match=r"already quantized .method gptq"):
         load_vlm(str(copy))
 
 

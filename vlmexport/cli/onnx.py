@@ -40,7 +40,8 @@ def command(
 ) -> None:
     """Export MODEL to ONNX graphs with quantized weights, and prove them equal to it.
 
-    An export whose gate fails is kept, so that it can be looked into, and the exit code is 3.
+    DIR appears only when everything went well. An export whose gate fails is kept as DIR.failed, so that it can be
+    looked into, and the exit code is 3.
     """
     with session.progress() as progress:
         result = api.export_onnx(

@@ -141,15 +141,16 @@ def check_loading(path: Path, info: dict[str, Any]) -> None:
     """
     mismatched = [f"{name} is {_shape(got)} in the file, {_shape(want)} in the model" for name, got, want in
                   sorted(info.get("mismatched_keys", ()))]  # fmt: skip
-    _refuse(path, "have the wrong shape", mismatched)
-    _refuse(path, "are missing from the files", sorted(info.get("missing_keys", ())))
-    _refuse(path, "in the files have no place in the model", sorted(info.get("unexpected_keys", ())))
-    _refuse(path, "could not be loaded", [str(message) for message in info.get("error_msgs", ())])
+    _refuse(path, "of the wrong shape", mismatched)
+    _refuse(path, "missing from the files", sorted(info.get("missing_keys", ())))
+    _refuse(path, "that have no place in the model", sorted(info.get("unexpected_keys", ())))
+    _refuse(path, "that could not be loaded", [str(message) for message in info.get("error_msgs", ())])
 
 
 def _refuse(path: Path, what: str, items: list[str]) -> None:
     if items:
-        raise BadInputError(f"{path}: {len(items)} weights {what}; the first: {items[0]}")
+        more = f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+        raise BadInputError(f"{path}: weights {what}: {items[0]}{more}")
 
 
 def _shape(size: Any) -> str:
