@@ -26,7 +26,8 @@ font-size:.8em;vertical-align:middle;white-space:nowrap}
 .passed{color:var(--good)}.failed{color:var(--bad)}.not_run,.incomplete{color:var(--wait)}
 .alert{border-left:4px solid var(--bad);background:var(--panel);padding:12px 16px;margin:18px 0;
 border-radius:0 6px 6px 0}
-.alert.failed,.alert.not_run{color:inherit}.alert.not_run{border-color:var(--wait)}.alert ul{margin:6px 0 0;padding-left:20px}
+.alert.failed,.alert.not_run{color:inherit}.alert.not_run{border-color:var(--wait)}
+.alert ul{margin:6px 0 0;padding-left:20px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:16px;margin-top:20px}
 .card{background:var(--panel);border:1px solid var(--rule);border-radius:8px;padding:16px 18px;min-width:0}
 .card dl{display:grid;grid-template-columns:1fr auto;gap:4px 16px;margin:10px 0 0}
