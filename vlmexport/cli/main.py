@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,9 +71,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except VlmExportError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        _drop_stdout()
-        return 0
     # The border of the process: whatever is left is our bug or the machine's trouble, and becomes one line.
     except Exception as error:
         if session.verbose:
@@ -92,8 +88,3 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> int:
     click.echo("error: " + " ".join(message.split()), err=True)
     return exit_code
-
-
-def _drop_stdout() -> None:
-    # A reader such as `head` has gone; what is still buffered must not raise again when the interpreter flushes.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
