@@ -10,7 +10,7 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.decoder import FLOAT_TYPES, lower_decoder
 from vlmexport.lower.onnx.embedding import lower_embedding
 from vlmexport.lower.onnx.encoder import lower_vision
-from vlmexport.lower.onnx.precision import VisionPrecision
+from vlmexport.lower.onnx.precision import EncoderPrecision
 from vlmexport.lower.onnx.weights import stream_weights
 from vlmexport.lower.result import Emitted
 from vlmexport.manifest import KeptTensor, PartFile, QuantizedRecord, TensorSpec
@@ -24,12 +24,12 @@ from vlmexport.target import Target
 def emit_split(vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder: Path, progress: Progress) -> Emitted:
     """Write the four graphs of `split` into `folder`, one after the other."""
     parts: dict[str, PartFile] = {}
-    kept_as: dict[str, tuple[str, str]] = {}
-    precision = VisionPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
+    kept: list[KeptTensor] = []
+    precision = EncoderPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
     for role in (Role.VISION_ENCODER, Role.PROJECTOR):
-        graph = lower_vision(vlm, split.parts[role], precision, target.onnx.opset)
-        kept_as.update(graph.stored)
-        stream_weights(graph.model, (), folder / f"{role}.onnx", progress, f"write {role}")
+        graph = lower_vision(vlm.model, split.parts[role], precision, target.onnx.opset)
+        kept += graph.kept
+        stream_weights(graph.model, graph.groups, folder / f"{role}.onnx", progress, f"write {role}")
         parts[role] = part_file(graph.model, f"{role}.onnx")
     table = lower_embedding(split.parts[Role.EMBEDDING], target.onnx.opset, FLOAT_TYPES[plan.decoder_dtype])
     stream_weights(table.model, table.groups, folder / f"{Role.EMBEDDING}.onnx", progress, f"write {Role.EMBEDDING}")
@@ -39,7 +39,7 @@ def emit_split(vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder:
     stream_weights(decoder.model, decoder.linears.groups, folder / f"{Role.DECODER}.onnx", progress, title)
     parts[Role.DECODER] = part_file(decoder.model, f"{Role.DECODER}.onnx")
     quantized = tuple(decoder.linears.records)
-    return Emitted(parts, quantized, _kept(plan, quantized, kept_as))
+    return Emitted(parts, quantized, _kept(plan, quantized, kept))
 
 
 def part_file(model: ir.Model, file: str) -> PartFile:
@@ -55,18 +55,16 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def _kept(
-    plan: ExportPlan, quantized: tuple[QuantizedRecord, ...], kept_as: dict[str, tuple[str, str]]
+    plan: ExportPlan, quantized: tuple[QuantizedRecord, ...], emitted: list[KeptTensor]
 ) -> tuple[KeptTensor, ...]:
-    """Every planned weight that is in no quantized tensor; refuses one that was planned to be."""
+    """Every planned weight that is in no quantized tensor, as it was really stored.
+
+    Refuses a weight that was planned to be quantized and is in no graph.
+    """
     inside = {member.name for record in quantized for member in record.members}
     lost = [w.name for w in plan.weights if w.action == "quantize" and w.name not in inside]
     if lost:
-        raise UnsupportedModelError(
-            f"{len(lost)} weights were planned to be quantized but no graph uses them: {lost[0]}"
-        )
-    kept = []
-    for weight in plan.weights:
-        if weight.name not in inside:
-            dtype, reason = kept_as.get(weight.name, (weight.dtype, weight.reason))
-            kept.append(KeptTensor(weight.name, weight.part, dtype, reason or weight.reason))
-    return tuple(kept)
+        raise UnsupportedModelError(f"{len(lost)} weights were to be quantized but no graph uses them: {lost[0]}")
+    stored = {k.name: k for k in emitted}
+    planned = (w for w in plan.weights if w.name not in inside)
+    return tuple(stored.get(w.name) or KeptTensor(w.name, w.part, w.dtype, w.reason) for w in planned)

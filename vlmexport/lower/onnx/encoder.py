@@ -1,0 +1,237 @@
+"""Lower encoder and projector: one trace in FP32, weights by whole-model name, streamed later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
+from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
+from vlmexport.lower.onnx.simplify import simplify
+from vlmexport.lower.onnx.trace import quiet_exporter
+from vlmexport.lower.onnx.weights import WeightGroup, initializer
+from vlmexport.manifest import KeptTensor, TensorSpec
+from vlmexport.split.decoder import attention_implementation
+from vlmexport.split.parts import Part
+
+_IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class VisionGraph:
+    """A vision-side graph without its weights, the groups that make them, and how each weight is stored and why."""
+
+    model: ir.Model
+    groups: tuple[WeightGroup, ...]
+    kept: tuple[KeptTensor, ...]
+
+
+def lower_vision(model: nn.Module, part: Part, precision: EncoderPrecision, opset: int) -> VisionGraph:
+    """The graph of `part` (encoder or projector) of `model`, with the inputs and outputs of its signature.
+
+    Graph inputs and outputs are FP32 in every precision. Initializers have the whole-model names of their parameters;
+    a matrix that is only read transposed is stored so.
+    Raises `UnsupportedModelError` when the part cannot be traced.
+    """
+    graph_model = _trace(model, part, opset)
+    graph = graph_model.graph
+    parameters = {part.prefix + name: p for name, p in part.module.named_parameters()}
+    values = [v for v in graph.inputs if v.name in parameters]
+    simplify(graph_model)
+    for value in values:
+        graph.inputs.remove(value)
+    groups, kept, halves = _store(graph, part, [v for v in values if v.uses()], parameters, precision)
+    if precision.arithmetic == "fp16":
+        half_products(graph, halves)
+    _sign(graph, part)
+    graph_model.ir_version = _IR_VERSION
+    graph_model.producer_name, graph_model.producer_version = "vlmexport", None
+    return VisionGraph(graph_model, groups, kept)
+
+
+class _Positional(nn.Module):
+    """`module` called by position, as the exporter wants it; it owns the same parameters under the same names."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
+        self._module = (module,)
+        self._names = names
+        self.training = False
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self._module[0](**dict(zip(self._names, tensors, strict=True)))
+
+
+def _trace(model: nn.Module, part: Part, opset: int) -> ir.Model:
+    """The traced graph, its parameters as further inputs, so that nothing can read (and fold) their values."""
+    specs = part.signature.inputs
+    example = _trace_example(part)
+    tensors = tuple(_plain(example[spec.name]) for spec in specs)
+    shapes = tuple(_dynamic(spec) for spec in specs)
+    with ExitStack() as stack:
+        stack.enter_context(quiet_exporter())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_fused_attention(model))
+        stack.enter_context(_empty_fp32_weights(part))
+        program: Any = torch.onnx.export(
+            _Positional(part.module, tuple(spec.name for spec in specs)),
+            tensors,
+            dynamic_shapes={"tensors": shapes},
+            dynamo=True,
+            optimize=False,
+            opset_version=opset,
+            verbose=False,
+        )
+    traced: ir.Model = program.model
+    local = {name for name, _ in part.module.named_parameters()}
+    for value in [v for v in traced.graph.initializers.values() if v.name in local]:
+        traced.graph.initializers.pop(str(value.name))
+        value.name, value.const_value = f"{part.prefix}{value.name}", None
+        traced.graph.inputs.append(value)
+    return traced
+
+
+def _trace_example(part: Part) -> Mapping[str, torch.Tensor]:
+    """The first example whose varying axes are all longer than 1 (a trace takes 1 for a constant)."""
+    for example in part.examples:
+        sizes = [example[s.name].shape[i] for s in part.signature.inputs for i in _dynamic(s)]
+        if all(size > 1 for size in sizes):
+            return example
+    raise UnsupportedModelError(f"{part.role}: no example has more than one of everything that may vary")
+
+
+def _dynamic(spec: TensorSpec) -> dict[int, Any]:
+    return {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(spec.dims) if isinstance(dim, str)}
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+
+
+@contextmanager
+def _empty_fp32_weights(part: Part) -> Iterator[None]:
+    """Give the part FP32 parameters without values for the time of the trace (and widen its narrow buffers).
+
+    Their memory is never touched, so none is used. Parameters outside the part share one element.
+    """
+    names = {id(p): part.prefix + n for n, p in part.module.named_parameters()}
+    used = set(getattr(part.module, "used", names.values()))
+    made: dict[int, torch.Tensor] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    for module in part.module.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in list(store.items()):
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                undo.append((store, key, tensor))
+                if id(tensor) not in made:
+                    made[id(tensor)] = _stand_in(tensor, names.get(id(tensor), "") in used)
+                store[key] = made[id(tensor)]
+    try:
+        yield
+    finally:
+        for store, key, tensor in undo:
+            store[key] = tensor
+
+
+def _stand_in(tensor: torch.Tensor, used: bool) -> torch.Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.float()
+    empty = torch.empty(tensor.shape) if used else torch.zeros(1).expand(tensor.shape)
+    return nn.Parameter(empty, requires_grad=False)
+
+
+def _fused_attention(model: Any) -> Any:
+    """Within, the image encoder's attention emits one operator a layer instead of its products and softmax."""
+    encoder = model.get_encoder("image")
+    if encoder is model or not hasattr(encoder, "set_attn_implementation"):
+        return nullcontext()
+    return attention_implementation(encoder, "vlmexport_vision", _attend)
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Emit ``MultiHeadAttention`` for q, k, v ``[B, N, S, D]``; the result is ``[B, S, N, D]``."""
+    if attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
+        raise UnsupportedModelError(f"{type(module).__name__}: causal attention in an image encoder is not supported")
+    batch, heads, length, head_dim = query.shape
+    groups = heads // key.shape[1]
+    key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
+    flat = [t.transpose(1, 2).reshape(batch, t.shape[2], heads * t.shape[3]) for t in (query, key, value)]
+    scale = kwargs.get("scaling")
+    attributes = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
+    inputs = flat if attention_mask is None else [*flat, None, None, attention_mask]
+    out = torch.onnx.ops.symbolic(
+        f"{MICROSOFT}::MultiHeadAttention",
+        inputs,
+        attributes,
+        dtype=query.dtype,
+        shape=[batch, length, heads * value.shape[3]],
+        version=1,
+    )
+    return out.reshape(batch, length, heads, value.shape[3]), None
+
+
+def _store(
+    graph: ir.Graph,
+    part: Part,
+    values: list[ir.Value],
+    parameters: Mapping[str, torch.Tensor],
+    precision: EncoderPrecision,
+) -> tuple[tuple[WeightGroup, ...], tuple[KeptTensor, ...], set[ir.Value]]:
+    """Make each parameter an initializer of its storage type; returns groups, records, and the FP16 initializers."""
+    groups, kept, halves = [], [], set()
+    for value in values:
+        name = str(value.name)
+        tensor = parameters[name].detach()
+        storage = choose_storage(name, tensor, precision.storage)
+        transposed = _fold_transposes(graph, value)
+        stored = initializer(name, storage.dtype, reversed(tensor.shape) if transposed else tensor.shape)
+        if storage.dtype == ir.DataType.FLOAT16:
+            widen(value, stored, graph)
+            halves.add(stored)
+        else:
+            ir.convenience.replace_all_uses_with(value, stored)
+        groups.append(_group(stored, tensor, transposed))
+        kept.append(KeptTensor(name, part.role.value, str(storage.dtype.numpy()), storage.reason))
+    return tuple(groups), tuple(kept), halves
+
+
+def _group(stored: ir.Value, tensor: torch.Tensor, transposed: bool) -> WeightGroup:
+    name, dtype = str(stored.name), stored.dtype or ir.DataType.FLOAT
+
+    def produce() -> tuple[np.ndarray]:
+        return (checked_cast(name, tensor.t() if transposed else tensor, dtype),)
+
+    return WeightGroup((stored,), produce)
+
+
+def _fold_transposes(graph: ir.Graph, value: ir.Value) -> bool:
+    """Take out the transposes of a matrix that is read in no other way; True when it must be stored transposed."""
+    readers = [node for node, _ in value.uses()]
+    if not readers or any(n.op_type != "Transpose" or n.attributes["perm"].as_ints() != [1, 0] for n in readers):
+        return False
+    for node in readers:
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        graph.remove(node, safe=True)
+    return True
+
+
+def _sign(graph: ir.Graph, part: Part) -> None:
+    """Give the graph the names, types and dims of the part's signature."""
+    for values, specs in ((graph.inputs, part.signature.inputs), (graph.outputs, part.signature.outputs)):
+        if len(values) != len(specs):
+            raise UnsupportedModelError(f"{part.role}: traced {len(values)} tensors, the signature has {len(specs)}")
+        for value, spec in zip(values, specs, strict=True):
+            value.name, value.shape = spec.name, ir.Shape(spec.dims)
+    graph.name = part.role.value

@@ -1,0 +1,32 @@
+"""Clean a traced graph: fold constants, drop dead nodes and shuffles that undo each other."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import optimize_ir
+
+
+def simplify(model: ir.Model) -> None:
+    """Simplify `model` in place. Weights must be graph inputs (not initializers), else small ones are folded."""
+    optimize_ir(model)
+    _cancel_transposes(model.graph)
+    RemoveUnusedNodesPass()(model)
+    # Shapes carry the tracer's own symbols, which mean nothing to a reader of the file.
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+            value.metadata_props.clear()
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _cancel_transposes(graph: ir.Graph) -> None:
+    """``Transpose(Transpose(x))`` with inverse permutations is x."""
+    for node in graph:
+        inner = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if inner is None or inner.op_type != "Transpose" or inner.inputs[0] is None:
+            continue
+        first, second = inner.attributes["perm"].as_ints(), node.attributes["perm"].as_ints()
+        if [first[i] for i in second] == list(range(len(first))):
+            ir.convenience.replace_all_uses_with(node.outputs[0], inner.inputs[0])
