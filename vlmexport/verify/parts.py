@@ -45,7 +45,8 @@ def check_vision(
 ) -> None:
     """``vision_encoder/features[probe]`` and ``projector/features[probe]`` for every prompt with images.
 
-    The projector of the export gets the reference's vision features, so that its error is its own.
+    `reference` runs the weights as the export stores them, so that this is the lowering alone. The projector of the
+    export gets the reference's vision features, so that its error is its own.
     """
     for prompt in prompts:
         inputs = prompt.reference or prompt.exported
@@ -77,7 +78,11 @@ def check_embedding(
 def check_merged(
     gate: Gate, prompts: Sequence[Prompt], exported: Runner, wanted: Mapping[str, Array], limits: ParityLimits
 ) -> None:
-    """``model/merged_inputs[probe]``: pixels to decoder input through the export alone, against the reference's."""
+    """``model/merged_inputs[probe]``: pixels to decoder input through the export alone.
+
+    `wanted` is of the original weights: what storing them as float16 costs is judged here, with everything before the
+    decoder in one.
+    """
     for prompt in prompts:
         name = f"model/merged_inputs[{prompt.name}]"
         with gate.guard(name, "model", "lowering"):

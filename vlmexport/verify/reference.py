@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmexport.manifest import KeptTensor, Manifest, file_sha256
+from vlmexport.manifest import Manifest, file_sha256
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.torch import TorchRunner
-from vlmexport.split.parts import Role
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -47,16 +46,14 @@ class Reference:
     def with_exported_weights(
         self, codes: Mapping[str, QuantizedTensor], manifest: Manifest
     ) -> AbstractContextManager[None]:
-        """Within the ``with`` block the model runs the export's decoder weights.
+        """Within the ``with`` block the model runs the weights that the export stores.
 
-        Quantized ones are the dequantized codes; kept ones that the export stores as float16 are rounded to it.
+        Quantized ones are the dequantized codes; kept ones that the manifest calls float16 are rounded to it.
         """
-        weights = {name: tensor.dequantize() for name, tensor in codes.items()}
         known = dict(self.vlm.model.named_parameters(remove_duplicate=False))
-        for kept in _half_decoder_tensors(manifest.unquantized):
-            if kept.name in known:
-                weights[kept.name] = known[kept.name].detach().to(torch.float16).float()
-        return self.runner.substituted(weights)
+        halves = [kept.name for kept in manifest.unquantized if kept.dtype in _HALF_NAMES and kept.name in known]
+        weights = {name: known[name].detach().to(torch.float16).float() for name in halves}
+        return self.runner.substituted({**weights, **{name: codes[name].dequantize() for name in codes}})
 
 
 def load_reference(model: str, *, trust_remote_code: bool = False) -> Reference:
@@ -83,7 +80,3 @@ def changed_source_files(manifest: Manifest, folder: Path) -> list[str]:
         elif file_sha256(folder / name) != digest:
             faults.append(f"{name} is not the file that was exported")
     return faults
-
-
-def _half_decoder_tensors(kept: Iterable[KeptTensor]) -> list[KeptTensor]:
-    return [tensor for tensor in kept if tensor.part == Role.DECODER and tensor.dtype in _HALF_NAMES]

@@ -146,9 +146,10 @@ def _judge(
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()
     wanted = {p.name: parts.merged_inputs(reference.runner, p.reference) for p in prompts.probes if p.reference}
-    _check_parts(run, reference, prompts, wanted)
     with reference.with_exported_weights(codes, run.artifact.manifest):
+        _check_parts(run, reference, prompts)
         totals = _check_decoder(run, reference, wanted)
+    parts.check_merged(run.gate, prompts.probes, run.shipped, wanted, run.target.parity)
     answers, quantization = _check_quantization(run, reference, prompts, asked)
     measured = bool(totals.kl)
     lowering = LoweringSummary(
@@ -178,12 +179,11 @@ def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedT
     return codes
 
 
-def _check_parts(run: _Run, reference: Reference, prompts: Prompts, wanted: Mapping[str, Array]) -> None:
+def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
     limits, runner = run.target.parity, reference.runner
     parts.check_vision(run.gate, prompts.probes, run.shipped, runner, limits)
     vocab = reference.vlm.facts.vocab_size
     parts.check_embedding(run.gate, run.shipped, runner, vocab, prompts.probes, limits)
-    parts.check_merged(run.gate, prompts.probes, run.shipped, wanted, limits)
 
 
 def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array]) -> LoweringTotals:
