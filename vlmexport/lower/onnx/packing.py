@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vlmexport.errors import BadInputError
 from vlmexport.quantize.tensor import QuantizedTensor
 
-_MAX_BLOCK = 256
+_MIN_BLOCK, _MAX_BLOCK = 16, 256
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,16 @@ class MatMulNBitsArrays:
 def block_size(in_features: int, group_size: int) -> int:
     """Block size for a group size: itself, or for one group per row the largest power of two that divides K.
 
-    MatMulNBits takes powers of two from 16 to 256; a wider group is expressed by repeating its scale.
+    MatMulNBits takes powers of two from 16 to 256; a wider group is expressed by repeating its scale. Raises
+    `BadInputError` when none divides K.
     """
     width = in_features if group_size == -1 else group_size
-    block = width & -width
-    return min(block, _MAX_BLOCK)
+    block = min(width & -width, _MAX_BLOCK)
+    if block < _MIN_BLOCK:
+        raise BadInputError(
+            f"a weight has {in_features} input features; MatMulNBits needs a block of at least {_MIN_BLOCK} that divides"
+        )
+    return block
 
 
 def pack_matmul_nbits(tensor: QuantizedTensor, scale_dtype: type[np.generic]) -> MatMulNBitsArrays:
