@@ -40,6 +40,7 @@ class VisionPart(nn.Module):
         # The very dictionaries of `wrapped`: names are equal, and a parameter swapped for a trace is swapped in both.
         self._parameters, self._buffers, self._modules = wrapped._parameters, wrapped._buffers, wrapped._modules
         self.outputs = outputs
+        self.training = wrapped.training
         self.used = used
 
 

@@ -128,7 +128,8 @@ def _empty_fp32_weights(part: Part) -> Iterator[None]:
     made: dict[int, torch.Tensor] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
     for module in part.module.modules():
-        for store in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for key, tensor in list(store.items()):
                 if tensor is None or not tensor.is_floating_point():
                     continue
@@ -169,7 +170,7 @@ def _attend(
     key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
     flat = [t.transpose(1, 2).reshape(batch, t.shape[2], heads * t.shape[3]) for t in (query, key, value)]
     scale = kwargs.get("scaling")
-    attributes = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
+    attributes: dict[str, Any] = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
     inputs = flat if attention_mask is None else [*flat, None, None, attention_mask]
     out = torch.onnx.ops.symbolic(
         f"{MICROSOFT}::MultiHeadAttention",
@@ -219,7 +220,7 @@ def _group(stored: ir.Value, tensor: torch.Tensor, transposed: bool) -> WeightGr
 def _fold_transposes(graph: ir.Graph, value: ir.Value) -> bool:
     """Take out the transposes of a matrix that is read in no other way; True when it must be stored transposed."""
     readers = [node for node, _ in value.uses()]
-    if not readers or any(n.op_type != "Transpose" or n.attributes["perm"].as_ints() != [1, 0] for n in readers):
+    if not readers or any(n.op_type != "Transpose" or list(n.attributes["perm"].as_ints()) != [1, 0] for n in readers):
         return False
     for node in readers:
         ir.convenience.replace_all_uses_with(node.outputs[0], value)

@@ -125,6 +125,8 @@ def _half_product(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if name not in graph.initializers:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape), const_value=tensor
+        )
         graph.register_initializer(value)
     return graph.initializers[name]
