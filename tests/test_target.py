@@ -1,0 +1,45 @@
+import tomllib
+from importlib import resources
+
+import pytest
+
+from vlmexport.errors import BadInputError
+from vlmexport.target import load_target, parse_target, target_names
+
+
+def raw(name: str = "cpu") -> dict[str, object]:
+    return tomllib.loads((resources.files("vlmexport.targets") / f"{name}.toml").read_text())
+
+
+def test_every_profile_that_ships_parses_and_is_named_by_its_file() -> None:
+    assert {"cpu", "cuda"} <= set(target_names())
+    for name in target_names():
+        assert load_target(name).name == name
+
+
+def test_a_gpu_profile_computes_in_float16_and_a_cpu_profile_does_not() -> None:
+    cpu, cuda = load_target("cpu").onnx, load_target("cuda").onnx
+    assert (cpu.decoder_dtype, cpu.encoder_arithmetic, cpu.accuracy_level) == ("fp32", "fp32", 4)
+    assert (cuda.decoder_dtype, cuda.encoder_arithmetic) == ("fp16", "fp16")
+
+
+def test_an_unknown_target_lists_the_known_ones() -> None:
+    with pytest.raises(BadInputError, match=r"target 'gpu' is unknown; choose one of cpu, cuda"):
+        load_target("gpu")
+
+
+@pytest.mark.parametrize(("table", "key"), [(None, "colour"), ("onnx", "opsett"), ("parity", "top5")])
+def test_unknown_keys_are_refused(table: str | None, key: str) -> None:
+    data = raw()
+    (data if table is None else data[table])[key] = 1  # type: ignore[index]
+    with pytest.raises(BadInputError, match=f"unknown keys \\['{key}'\\]"):
+        parse_target(data, "cpu")
+
+
+def test_missing_keys_and_foreign_versions_are_refused() -> None:
+    data = raw()
+    del data["parity"]["vision_rel"]  # type: ignore[attr-defined]
+    with pytest.raises(BadInputError, match=r"missing keys \['vision_rel'\]"):
+        parse_target(data, "cpu")
+    with pytest.raises(BadInputError, match="version must be 1"):
+        parse_target({**raw(), "version": 2}, "cpu")
