@@ -80,12 +80,14 @@ def verify_artifact(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     questions: Amount = "sample",
+    threads: int = 0,
 ) -> ParityReport:
     """Judge the export in `path` part by part and as a whole.
 
     `model` is the original (default: where the export came from); where the default cannot be loaded, the checks that
     need it are reported as not run. `samples` is a JSON Lines file of a user's own questions (see `load_questions`);
-    the bundled model has its own, of which `questions` takes a sample or all.
+    the bundled model has its own, of which `questions` takes a sample or all. `threads` are onnxruntime's
+    (0: its choice).
 
     Raises `ArtifactError` when `path` is not an export or was changed, `BadInputError` when a `model` or `samples` that
     was asked for cannot be read.
@@ -96,7 +98,7 @@ def verify_artifact(
     asked = load_questions(samples) if samples else _bundled_questions(artifact, questions)
     with (progress or SilentProgress()).stage("verify") as stage:
         gate = Gate(lambda name: stage.advance(1, name))
-        run = _prepare(gate, artifact, target)
+        run = _prepare(gate, artifact, target, threads)
         reference, why_not = _reference(artifact, model, trust_remote_code=trust_remote_code)
         lowering, answers, quantization = _judge(run, reference, why_not, asked)
     return ParityReport(
@@ -109,7 +111,7 @@ def verify_artifact(
     )
 
 
-def _prepare(gate: Gate, artifact: Artifact, target: Target) -> _Run:
+def _prepare(gate: Gate, artifact: Artifact, target: Target, threads: int) -> _Run:
     """Runners on the target's provider, or on the CPU with a check that says the provider was not there."""
     import onnxruntime
 
@@ -120,7 +122,7 @@ def _prepare(gate: Gate, artifact: Artifact, target: Target) -> _Run:
         reason = f"onnxruntime has no {provider} here; the graphs were judged on the CPU"
         gate.not_run("runtime/provider", "runtime", "lowering", reason)
         provider = _CPU
-    exact, shipped = (OnnxRunner(artifact, exact=exact, provider=provider) for exact in (True, False))
+    exact, shipped = (OnnxRunner(artifact, threads=threads, exact=exact, provider=provider) for exact in (True, False))
     half = str(artifact.manifest.model.get("decoder_dtype")) in ("fp16", "float16")
     return _Run(gate, artifact, target, exact, shipped, half)
 
