@@ -98,7 +98,7 @@ def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.T
     if not difference <= REPLAY_LIMIT:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: the replayed {what} differ from the full model by {difference:.2e} (limit "
-            f"{REPLAY_LIMIT:.0e}); this family needs a family module, see docs/writing_a_family.md"
+            f"{REPLAY_LIMIT:.0e}); this family needs a family module, which this version does not have"
         )
     return difference
 
