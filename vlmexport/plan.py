@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlmexport.target import Target
 
 Action = Literal["quantize", "keep", "drop"]
+Dtype = Literal["fp16", "fp32"]
 NUMPY_DTYPES = {"fp16": "float16", "fp32": "float32"}
 _BYTES = {"float16": 2, "float32": 4}
 
@@ -37,8 +38,8 @@ class OnnxOptions:
     target: str = "cpu"
     layout: str = "split"
     scheme: QuantScheme | None = field(default_factory=QuantScheme)
-    encoder_dtype: Literal["fp16", "fp32"] | None = None
-    decoder_dtype: Literal["fp16", "fp32"] | None = None
+    encoder_dtype: Dtype | None = None
+    decoder_dtype: Dtype | None = None
     lm_head: Literal["quantized", "fp16"] = "quantized"
     attention: Literal["gqa", "standard"] = "gqa"
     keep: tuple[str, ...] = ()
@@ -98,8 +99,8 @@ class ExportPlan:
 
     architecture: str
     options: OnnxOptions
-    encoder_dtype: str
-    decoder_dtype: str
+    encoder_dtype: Dtype
+    decoder_dtype: Dtype
     weights: tuple[WeightPlan, ...]
 
     @property
@@ -214,7 +215,7 @@ def _owners(vlm: VLM, split: Split) -> list[_Owned]:
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: weights that belong to no part, so that an export would lose them: {lost[0]}{more}"
+            f"{vlm.facts.model_type}: weights that belong to no part, so an export would lose them: {lost[0]}{more}"
         )
     return list(owned.values())
 
@@ -234,8 +235,8 @@ class _Planner:
 
     def __init__(self, vlm: VLM, target: Target, options: OnnxOptions) -> None:
         self.options = options
-        self.encoder_dtype = options.encoder_dtype or target.onnx.encoder_storage
-        self.decoder_dtype = options.decoder_dtype or target.onnx.decoder_dtype
+        self.encoder_dtype: Dtype = options.encoder_dtype or target.onnx.encoder_storage
+        self.decoder_dtype: Dtype = options.decoder_dtype or target.onnx.decoder_dtype
         self._linear = _linear_weights(vlm)
         self._head = _head_weight_name(vlm)
         self._tied = vlm.facts.tied_embeddings

@@ -66,13 +66,13 @@ def command(
 def write_reports(report: ParityReport, junit: Path | None, html: Path | None) -> None:
     """Write the report files that were asked for."""
     if junit is not None:
-        from vlmexport.verify.report import junit as junit_report
+        from vlmexport.verify.report.junit import write as write_junit
 
-        junit_report.write(report, junit)
+        write_junit(report, junit)
     if html is not None:
-        from vlmexport.verify.report import html as html_report
+        from vlmexport.verify.report.html import write as write_html
 
-        html_report.write(report, html)
+        write_html(report, html)
 
 
 def _not_run_message(report: ParityReport) -> str:
