@@ -9,8 +9,8 @@ from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.tensor import QuantizedTensor
 
 _FP16 = torch.finfo(torch.float16)
-# Elements per step: the float32 working copies stay near 16 MB however large the matrix is.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements per step: the float32 working copies stay in a core's cache however large the matrix is.
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight") -> QuantizedTensor:
@@ -30,15 +30,15 @@ def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
             "choose a smaller --group-size or keep this layer with --keep"
         )
     groups = weight.reshape(rows, columns // group_size, group_size)
-    chunks = torch.split(groups, max(1, _CHUNK_ELEMENTS // columns))
-    scale = storable_scale(torch.cat([_scale(chunk.float(), scheme, name) for chunk in chunks]))
-    parts, start = [], 0
+    steps = torch.arange(rows).split(max(1, _CHUNK_ELEMENTS // columns))
+    chunks = [slice(int(step[0]), int(step[-1]) + 1) for step in steps]
+    scale = storable_scale(torch.cat([_scale(groups[chunk].float(), scheme, name) for chunk in chunks]))
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    zero_point = torch.empty(scale.shape, dtype=torch.uint8, device=weight.device)
     for chunk in chunks:
-        parts.append(_round(chunk.float(), scale[start : start + chunk.shape[0]].float(), scheme))
-        start += chunk.shape[0]
-    codes = torch.cat([c for c, _ in parts]).reshape(rows, columns)
-    zero_point = None if scheme.symmetric else torch.cat([z for _, z in parts]).to(torch.uint8)
-    return QuantizedTensor(codes, scale, zero_point, scheme.bits, group_size)
+        codes[chunk], zero_point[chunk] = _round(groups[chunk].float(), scale[chunk].float(), scheme)
+    codes = codes.reshape(rows, columns)
+    return QuantizedTensor(codes, scale, None if scheme.symmetric else zero_point, scheme.bits, group_size)
 
 
 def storable_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,8 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
 
 def _scale(groups: torch.Tensor, scheme: QuantScheme, name: str) -> torch.Tensor:
     """Float32 scales ``[N, K/g]`` of groups ``[N, K/g, g]``."""
-    low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
+    low, high = torch.aminmax(groups, dim=-1)
+    low, high = low.clamp_max_(0), high.clamp_min_(0)
     if not torch.isfinite(high - low).all():
         raise BadInputError(f"{name}: the weight holds NaN or infinity")
     if scheme.symmetric:

@@ -58,6 +58,8 @@ def stack_rows(tensors: list[QuantizedTensor]) -> QuantizedTensor:
     Raises `BadInputError` when they differ in any of those.
     """
     first = tensors[0]
+    if len(tensors) == 1:
+        return first
     for other in tensors[1:]:
         same = (other.bits, other.group_size, other.shape[1]) == (first.bits, first.group_size, first.shape[1])
         if not same or (other.zero_point is None) != (first.zero_point is None):

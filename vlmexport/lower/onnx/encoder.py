@@ -15,6 +15,7 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
+from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
 from vlmexport.lower.onnx.simplify import simplify
 from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
@@ -34,18 +35,21 @@ class VisionGraph:
     kept: tuple[KeptTensor, ...]
 
 
-def lower_vision(model: nn.Module, part: Part, precision: EncoderPrecision, opset: int) -> VisionGraph:
+def lower_vision(
+    model: nn.Module, part: Part, precision: EncoderPrecision, opset: int, *, repeat: bool = True
+) -> VisionGraph:
     """The graph of `part` (encoder or projector) of `model`, with the inputs and outputs of its signature.
 
     Graph inputs and outputs are FP32 in every precision. Initializers have the whole-model names of their parameters;
-    a matrix that is only read transposed is stored so.
+    a matrix that is only read transposed is stored so. `repeat` False traces every layer (the oracle for repetition).
     Raises `UnsupportedModelError` when the part cannot be traced.
     """
-    graph_model = _trace(model, part, opset)
+    graph_model, repeats = _trace(model, part, opset, repeat=repeat)
     graph = graph_model.graph
     parameters = {part.prefix + name: p for name, p in part.module.named_parameters()}
-    values = [v for v in graph.inputs if v.name in parameters]
     simplify(graph_model)
+    expand_repeats(graph, repeats, parameters)
+    values = [v for v in graph.inputs if v.name in parameters]
     for value in values:
         graph.inputs.remove(value)
     groups, kept, halves = _store(graph, part, [v for v in values if v.uses()], parameters, precision)
@@ -71,7 +75,7 @@ class _Positional(nn.Module):
         return self._module[0](**dict(zip(self._names, tensors, strict=True)))
 
 
-def _trace(model: nn.Module, part: Part, opset: int) -> ir.Model:
+def _trace(model: nn.Module, part: Part, opset: int, *, repeat: bool) -> tuple[ir.Model, Repeats]:
     """The traced graph, its parameters as further inputs, so that nothing can read (and fold) their values."""
     specs = part.signature.inputs
     example = _trace_example(part)
@@ -82,6 +86,8 @@ def _trace(model: nn.Module, part: Part, opset: int) -> ir.Model:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_fused_attention(model))
         stack.enter_context(_empty_fp32_weights(part))
+        encoder = _image_encoder(model)
+        repeats = stack.enter_context(repeated_layers(model, encoder)) if repeat and encoder is not None else Repeats()
         program: Any = torch.onnx.export(
             _Positional(part.module, tuple(spec.name for spec in specs)),
             tensors,
@@ -97,7 +103,7 @@ def _trace(model: nn.Module, part: Part, opset: int) -> ir.Model:
         traced.graph.initializers.pop(str(value.name))
         value.name, value.const_value = f"{part.prefix}{value.name}", None
         traced.graph.inputs.append(value)
-    return traced
+    return traced, repeats
 
 
 def _trace_example(part: Part) -> Mapping[str, torch.Tensor]:
@@ -151,10 +157,15 @@ def _stand_in(tensor: torch.Tensor, used: bool) -> torch.Tensor:
     return nn.Parameter(empty, requires_grad=False)
 
 
+def _image_encoder(model: Any) -> Any:
+    encoder = model.get_encoder("image")
+    return None if encoder in (model, model.base_model) else encoder
+
+
 def _fused_attention(model: Any) -> Any:
     """Within, the image encoder's attention emits one operator a layer instead of its products and softmax."""
-    encoder = model.get_encoder("image")
-    if encoder is model or not hasattr(encoder, "set_attn_implementation"):
+    encoder = _image_encoder(model)
+    if not hasattr(encoder, "set_attn_implementation"):
         return nullcontext()
     return attention_implementation(encoder, "vlmexport_vision", _attend)
 

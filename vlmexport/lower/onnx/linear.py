@@ -175,12 +175,10 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 def checked_cast(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:
     """`tensor` as a float32 or float16 array; raises `BadInputError` when a finite value overflows float16."""
-    array = tensor.float().contiguous().numpy()
     if dtype == ir.DataType.FLOAT:
-        return array
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if np.isfinite(array).all() and not np.isfinite(half).all():
-        largest = float(np.abs(array).max())
+        return tensor.float().contiguous().numpy()
+    half = tensor.to(torch.float16).contiguous()
+    if half.isinf().any() and not tensor.isinf().any():
+        largest = float(tensor.abs().max())
         raise BadInputError(f"{name}: largest value {largest:.3g} overflows FP16 (65504); use --decoder-dtype fp32")
-    return half
+    return half.numpy()

@@ -33,7 +33,7 @@ def block_size(in_features: int, group_size: int) -> int:
     block = min(width & -width, _MAX_BLOCK)
     if block < _MIN_BLOCK:
         raise BadInputError(
-            f"a weight has {in_features} input features; MatMulNBits needs a block of at least {_MIN_BLOCK} that divides"
+            f"a weight has {in_features} input features; MatMulNBits needs a block of {_MIN_BLOCK} or more that divides"
         )
     return block
 
