@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.tiny import make_tiny
 from tests.verify import mutate
@@ -12,7 +11,7 @@ from vlmexport.errors import ArtifactError
 from vlmexport.plan import OnnxOptions
 from vlmexport.progress import SilentProgress
 from vlmexport.quantize.scheme import QuantScheme
-from vlmexport.verify import run
+from vlmexport.verify.run import verify_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -26,19 +25,6 @@ def export(tiny_idefics3, tmp_path_factory):
     options = OnnxOptions(scheme=QuantScheme(bits=4, group_size=32))
     pipeline.export_onnx(str(tiny_idefics3), out, options, force=False, verify=False, progress=SilentProgress())
     return out
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other take longer than these sizes need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def verify_artifact(path, **options):
-    return run.verify_artifact(path, threads=1, **options)
 
 
 def failures(report):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vlmexport.model.load import load_vlm
 from vlmexport.runtime.prompt import PromptBuilder
@@ -16,6 +17,15 @@ from vlmexport.verify.parts import Prompt, check_embedding, check_merged, check_
 from vlmexport.verify.quantization import Item, collect_answers, greedy_answers, judge_quantization, pad_rows
 
 LIMITS = DecoderLimits(exact_rel=1e-5, shipped_kl=1e-2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other take longer than these sizes need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from vlmexport.verify.structure import check_structure
 _CPU = "CPUExecutionProvider"
 _SCORED_TOKENS = 48
 _UNSCORED_TOKENS = 16
+_SMALL_EXPORT_BYTES = 64 << 20
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
     ("decoder/accounted", "decoder", "lowering"),
     ("vision_encoder/features", "vision_encoder", "lowering"),
@@ -80,14 +82,14 @@ def verify_artifact(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     questions: Amount = "sample",
-    threads: int = 0,
+    threads: int | None = None,
 ) -> ParityReport:
     """Judge the export in `path` part by part and as a whole.
 
     `model` is the original (default: where the export came from); where the default cannot be loaded, the checks that
     need it are reported as not run. `samples` is a JSON Lines file of a user's own questions (see `load_questions`);
-    the bundled model has its own, of which `questions` takes a sample or all. `threads` are onnxruntime's
-    (0: its choice).
+    the bundled model has its own, of which `questions` takes a sample or all. `threads` are PyTorch's and
+    onnxruntime's (None: one for a small model, otherwise their own choice).
 
     Raises `ArtifactError` when `path` is not an export or was changed, `BadInputError` when a `model` or `samples` that
     was asked for cannot be read.
@@ -96,9 +98,10 @@ def verify_artifact(
     artifact = open_artifact(path)
     target = load_target(artifact.manifest.target)
     asked = load_questions(samples) if samples else _bundled_questions(artifact, questions)
-    with (progress or SilentProgress()).stage("verify") as stage:
+    used = _good_threads(artifact) if threads is None else threads
+    with (progress or SilentProgress()).stage("verify") as stage, _torch_threads(used):
         gate = Gate(lambda name: stage.advance(1, name))
-        run = _prepare(gate, artifact, target, threads)
+        run = _prepare(gate, artifact, target, used)
         reference, why_not = _reference(artifact, model, trust_remote_code=trust_remote_code)
         lowering, answers, quantization = _judge(run, reference, why_not, asked)
     return ParityReport(
@@ -106,7 +109,7 @@ def verify_artifact(
         lowering=lowering,
         quantization=quantization,
         series=gate.series,
-        runtime=_runtime_facts(run, reference, len(asked), time.perf_counter() - started),
+        runtime=_runtime_facts(run, reference, used, len(asked), time.perf_counter() - started),
         tasks=answers.tasks(),
     )
 
@@ -257,7 +260,29 @@ def _bundled_questions(artifact: Artifact, amount: Amount) -> list[Question]:
     return questions if amount == "all" else sample(questions)
 
 
-def _runtime_facts(run: _Run, reference: Reference | None, questions: int, seconds: float) -> dict[str, Any]:
+def _good_threads(artifact: Artifact) -> int:
+    """One for a model so small that handing work between threads costs more than it saves; 0: the runtimes' choice."""
+    stored = sum(record.bytes for record in artifact.manifest.files.values())
+    return 1 if stored < _SMALL_EXPORT_BYTES else 0
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """PyTorch with `count` threads (0: as it is) for the length of the block."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _runtime_facts(
+    run: _Run, reference: Reference | None, threads: int, questions: int, seconds: float
+) -> dict[str, Any]:
     import onnxruntime
     import torch
 
@@ -266,7 +291,7 @@ def _runtime_facts(run: _Run, reference: Reference | None, questions: int, secon
         "provider": run.shipped.settings.provider if hasattr(run.shipped, "settings") else run.target.provider,
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "reference": reference.vlm.source if reference else None,
         "questions": questions,
         "seconds": round(seconds, 2),
