@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,25 @@ def onnxruntime_providers() -> tuple[str, ...]:
     return tuple(onnxruntime.get_available_providers())
 
 
+def provider_runs(provider: str) -> bool:
+    """True when ONNX Runtime computes something with `provider`; that it was built with it does not say so."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])
+    product = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "probe", [value], [product])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # a missing driver is told by us, in one line
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    if provider not in session.get_providers():  # ONNX Runtime falls back to the CPU without an error
+        return False
+    two = 2 * np.eye(2, dtype=np.float32)
+    return bool(np.array_equal(session.run(None, {"x": two})[0], two @ two))
+
+
 def _package(name: str) -> Finding:
     try:
         return Finding("packages", name, True, importlib.metadata.version(name))
@@ -79,18 +99,21 @@ def _package(name: str) -> Finding:
 
 
 def _target(target: Target, providers: tuple[str, ...]) -> Finding:
-    if target.provider in providers:
+    if target.provider not in providers:
+        have = ", ".join(providers) or "no ONNX Runtime"
+        detail = f"exports can be made here; running them needs {target.provider}, ONNX Runtime has {have}"
+    elif provider_runs(target.provider):
         return Finding("targets", target.name, True, target.description)
-    have = ", ".join(providers) or "no ONNX Runtime"
-    detail = f"export works, running needs {target.provider}; this machine has {have}"
+    else:
+        detail = f"exports can be made here; ONNX Runtime has {target.provider}, but it finds no device or driver"
     return Finding("targets", target.name, False, detail, provider_fix(target.provider))
 
 
 def provider_fix(provider: str) -> str:
     """The line to type so that ONNX Runtime gets `provider`; empty when there is none."""
     if provider == "CUDAExecutionProvider":
-        # Both wheels own the same module: the second one installed would shadow the first.
-        return "pip uninstall -y onnxruntime && pip install 'vlmexport[gpu]'"
+        # Both wheels own the same module, so the GPU one has to be written last.
+        return "pip install 'vlmexport[gpu]' && pip install --force-reinstall --no-deps 'onnxruntime-gpu>=1.31,<1.32'"
     return "pip install onnxruntime" if provider == "CPUExecutionProvider" else ""
 
 
@@ -114,8 +137,6 @@ def _cpu() -> list[Finding]:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -133,7 +154,7 @@ def cpu_flags() -> frozenset[str]:
 
 def _extra(name: str, module: str, purpose: str, providers: tuple[str, ...]) -> Finding:
     if name == "gpu":
-        works = "CUDAExecutionProvider" in providers
+        works = "CUDAExecutionProvider" in providers and provider_runs("CUDAExecutionProvider")
         return Finding("extras", name, works, purpose, "" if works else provider_fix("CUDAExecutionProvider"))
     works = importlib.util.find_spec(module) is not None
     return Finding("extras", name, works, purpose, "" if works else f"pip install 'vlmexport[{name}]'")
