@@ -7,7 +7,7 @@ surrounds the layers (a choice of hidden states, say) sees every layer and needs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ def repeated_layers(model: nn.Module, root: nn.Module) -> Iterator[Repeats]:
         yield repeats
 
 
-def expand_repeats(graph: ir.Graph, repeats: Repeats, parameters: dict[str, torch.Tensor]) -> None:
+def expand_repeats(graph: ir.Graph, repeats: Repeats, parameters: Mapping[str, torch.Tensor]) -> None:
     """Replace every ``Repeat`` node by its template's nodes; new weights join the graph's inputs.
 
     Weights must be graph inputs named by their whole-model name; `parameters` tells their shapes.
@@ -169,7 +169,7 @@ def _find_region(graph: ir.Graph, kind: int, path: str) -> _Region:
 
 
 def _renamed(
-    graph: ir.Graph, values: dict[str, ir.Value], paths: tuple[str, str], parameters: dict[str, torch.Tensor]
+    graph: ir.Graph, values: dict[str, ir.Value], paths: tuple[str, str], parameters: Mapping[str, torch.Tensor]
 ) -> dict[ir.Value, ir.Value]:
     """For each weight of the template's layer the same weight of another layer, made where there is none yet."""
     template, layer = paths
