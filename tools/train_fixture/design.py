@@ -8,7 +8,7 @@ from typing import Final
 
 from transformers import Idefics3Config, LlamaConfig
 
-from vlmexport.calibrate.synthetic import CALIBRATION_SEEDS, TEST_SEEDS, TRAIN_SEEDS
+from vlmexport.calibrate.synthetic import CALIBRATION_SEEDS, PLAIN_MIX, TEST_SEEDS, TRAIN_SEEDS, Mix
 
 TILE: Final = 32
 PATCH: Final = 8
@@ -19,9 +19,19 @@ VOCABULARY: Final = 512
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; `rows` is per process."""
+    """How long and how fast to train one phase.
 
-    steps: int = 1200
+    Attributes:
+        steps: optimizer steps.
+        horizon: the step at which the learning rate would reach its end; a phase may stop earlier.
+        first_step: where in the sequence of seeds to continue.
+        rows: pictures (or pairs) per step and process.
+    """
+
+    steps: int
+    horizon: int
+    mix: Mix
+    first_step: int = 0
     rows: int = 32
     ranks: int = 2
     warmup: int = 30
@@ -31,6 +41,14 @@ class Schedule:
     questions_per_row: int = 5
     pair_share: float = 0.06
     seed: int = 1
+
+
+# The second phase starts from the first one's checkpoint with fresh optimizers.
+# It leaves out what the first learned too slowly: light ink on dark, and counting among distractors.
+PHASES: Final = (
+    Schedule(steps=900, horizon=1200, mix=Mix(counting=14, bars=16, dark_ground=0.25, distractors=True)),
+    Schedule(steps=520, horizon=520, mix=PLAIN_MIX, first_step=900, decay_from=0.15, muon_rate=1.5e-3, adam_rate=1e-3),
+)
 
 
 def check_seeds() -> None:

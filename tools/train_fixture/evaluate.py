@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from tools.train_fixture.design import Schedule
+from tools.train_fixture.design import PHASES
 from tools.train_fixture.rows import IGNORED, Batch, RowMaker
 from tools.train_fixture.train import answer_logits
 from vlmexport.calibrate.synthetic import Question
@@ -92,7 +92,7 @@ class Forced:
 
 def question_batches(processor: ProcessorMixin, questions: list[FrozenQuestion]) -> list[Batch]:
     """Return the questions as packed rows; questions that share a picture share its prefix."""
-    maker = RowMaker(processor, Schedule())
+    maker = RowMaker(processor, PHASES[-1])
     rows = []
     for file, group in groupby(questions, key=lambda question: question.image):
         with Image.open(file) as image:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tools.train_fixture.design import Schedule, check_seeds
+from tools.train_fixture.design import PHASES, check_seeds
 from vlmexport.calibrate.synthetic import TASKS, TEST_SEEDS, TRAIN_SEEDS, scene
 
 PER_TASK = 130
@@ -24,7 +24,7 @@ def freeze(out: Path, tasks: tuple[str, ...], per_task: int) -> int:
     for pixel is left out.
     """
     check_seeds()
-    trained = trained_pictures(Schedule())
+    trained = trained_pictures()
     shutil.rmtree(out, ignore_errors=True)
     (out / "images").mkdir(parents=True)
     wanted = Counter(dict.fromkeys(tasks, per_task))
@@ -49,10 +49,14 @@ def freeze(out: Path, tasks: tuple[str, ...], per_task: int) -> int:
     return len(lines)
 
 
-def trained_pictures(schedule: Schedule) -> set[bytes]:
-    """Return the fingerprints of every picture that this schedule can train on."""
-    used = schedule.steps * schedule.ranks * schedule.rows * 2
-    return {fingerprint(scene(seed).image) for seed in TRAIN_SEEDS[:used]}
+def trained_pictures() -> set[bytes]:
+    """Return the fingerprints of every picture that training can draw."""
+    found = set()
+    for phase in PHASES:
+        per_step = 2 * phase.ranks * phase.rows
+        seeds = TRAIN_SEEDS[phase.first_step * per_step : (phase.first_step + phase.steps) * per_step]
+        found |= {fingerprint(scene(seed, phase.mix).image) for seed in seeds}
+    return found
 
 
 def fingerprint(image: Image.Image) -> bytes:

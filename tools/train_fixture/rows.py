@@ -69,13 +69,16 @@ class RowMaker:
 
     def validation(self, count: int) -> Batch:
         """Return `count` single-picture rows with all their questions, from seeds that are never trained on."""
-        return self.collate([self._single(scene(seed), 99, Random(seed)) for seed in VALIDATION_SEEDS[:count]])
+        return self.collate(
+            [self._single(scene(seed, self._schedule.mix), 99, Random(seed)) for seed in VALIDATION_SEEDS[:count]]
+        )
 
     def _row(self, seed: int) -> Row:
         rng = Random(f"row {seed} {self._schedule.seed}")
+        mix = self._schedule.mix
         if rng.random() < self._schedule.pair_share:
-            return self._pair(scene(seed), scene(seed + 1), rng)
-        return self._single(scene(seed), self._schedule.questions_per_row, rng)
+            return self._pair(scene(seed, mix), scene(seed + 1, mix), rng)
+        return self._single(scene(seed, mix), self._schedule.questions_per_row, rng)
 
     def _single(self, picture: Scene, limit: int, rng: Random) -> Row:
         return self.row([picture.image], _pick(picture, limit, rng, ""))

@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Idefics3ImageProcessorPil, Idefics3Processor, PreTrainedTokenizerFast
 
-from tools.train_fixture.design import TILE, TOKENS_PER_TILE, VOCABULARY
+from tools.train_fixture.design import PHASES, TILE, TOKENS_PER_TILE, VOCABULARY
 from vlmexport.calibrate.synthetic import TRAIN_SEEDS, WORDS, scene
 
 UNKNOWN: Final = "<|endoftext|>"
@@ -86,7 +86,7 @@ def train_tokenizer() -> Tokenizer:
 def _corpus() -> Iterator[str]:
     for seed in TRAIN_SEEDS[:4000]:
         yield "\n\n"
-        for question in scene(seed).questions:
+        for question in scene(seed, PHASES[0].mix).questions:
             yield f"User:{question.text}"
             yield f"First image: {question.text} Second image:"
             yield "Assistant:" if question.task in SPELLED else f"Assistant:{question.answer}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.nn import functional
 from transformers import GenerationConfig, Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
@@ -31,26 +32,28 @@ class Optimizers:
     parameters: list[torch.nn.Parameter]
 
 
-def train(schedule: Schedule, out: Path) -> None:
-    """Train by the schedule and leave the finished checkpoint folder at `out`."""
+def train(schedule: Schedule, out: Path, start: Path | None = None) -> None:
+    """Train one phase, from scratch or from the checkpoint folder `start`, and leave a checkpoint folder at `out`."""
     check_seeds()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29513")
-    multiprocessing.spawn(_train_process, args=(schedule, out), nprocs=schedule.ranks)
+    multiprocessing.spawn(_train_process, args=(schedule, out, start), nprocs=schedule.ranks)
 
 
-def _train_process(rank: int, schedule: Schedule, out: Path) -> None:
+def _train_process(rank: int, schedule: Schedule, out: Path, start: Path | None) -> None:
     distributed.init_process_group("gloo", rank=rank, world_size=schedule.ranks)
     torch.set_num_threads(1)
     torch.manual_seed(schedule.seed)
     processor = build_processor()
     model = build_model(processor)
+    if start is not None:
+        model.load_state_dict({name: weight.float() for name, weight in load_file(start / "model.safetensors").items()})
     rows = RowMaker(processor, schedule)
     optimizers = build_optimizers(model)
     held_out = rows.validation(96) if rank == 0 else None
     started = time.monotonic()
     for step in range(schedule.steps):
-        loss = _train_step(model, optimizers, rows.batch(step, rank), schedule, step, rank)
+        loss = _train_step(model, optimizers, rows.batch(schedule.first_step + step, rank), schedule, step, rank)
         if rank == 0 and step % 10 == 0:
             print(f"step {step} loss {loss:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if held_out is not None and (step + 1) % SNAPSHOT_EVERY == 0:
@@ -117,8 +120,8 @@ def rate_share(schedule: Schedule, step: int) -> float:
     """Linear warm-up, a plateau, then a cosine down to nearly nothing."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
-    decay_start = int(schedule.decay_from * schedule.steps)
-    done = max(0, step - decay_start) / (schedule.steps - decay_start)
+    decay_start = int(schedule.decay_from * schedule.horizon)
+    done = max(0, step - decay_start) / (schedule.horizon - decay_start)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 

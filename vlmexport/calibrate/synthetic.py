@@ -87,6 +87,32 @@ class Sample:
     task: str
 
 
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of scene is drawn, and how hard two of them are.
+
+    Attributes:
+        shapes: weight of one to three large shapes; the other weights likewise.
+        counting: small shapes to be counted.
+        text: words, numbers and codes.
+        grid: letters scattered over cells.
+        bars: bar charts.
+        dark_ground: share of text pictures in light ink on a dark ground.
+        distractors: whether a second kind of shape stands between those to be counted.
+    """
+
+    shapes: int = 30
+    counting: int = 20
+    text: int = 32
+    grid: int = 8
+    bars: int = 10
+    dark_ground: float = 0.0
+    distractors: bool = False
+
+
+PLAIN_MIX: Final = Mix()
+
+
 def samples(seed: int, count: int, tasks: Collection[str] = TASKS) -> Iterator[Sample]:
     """Yield `count` samples of the given tasks from the scenes `seed`, `seed + 1` and so on.
 
@@ -106,16 +132,17 @@ def samples(seed: int, count: int, tasks: Collection[str] = TASKS) -> Iterator[S
                 yield Sample(picture.image, question.text, question.answer, question.task)
 
 
-def scene(seed: int) -> Scene:
+def scene(seed: int, mix: Mix = PLAIN_MIX) -> Scene:
     """Draw the scene of this seed."""
     rng = Random(seed)
     makers = (shapes_scene, counting_scene, text_scene, letter_grid_scene, bars_scene)
-    maker = rng.choices(makers, weights=(30, 14, 32, 8, 16))[0]
-    return maker(rng)
+    maker = rng.choices(makers, weights=(mix.shapes, mix.counting, mix.text, mix.grid, mix.bars))[0]
+    return maker(rng, mix)
 
 
-def shapes_scene(rng: Random) -> Scene:
+def shapes_scene(rng: Random, mix: Mix) -> Scene:
     """One to three large shapes, each in its own quadrant (or half, in a picture of 64x32 or 32x64)."""
+    del mix
     columns, rows = rng.choices(((2, 2), (2, 1), (1, 2)), weights=(8, 1, 1))[0]
     places = [(column, row) for row in range(rows) for column in range(columns)]
     chosen = sorted(rng.sample(range(len(places)), rng.randint(1, min(3, len(places)))))
@@ -152,10 +179,12 @@ def _shape_questions(rng: Random, kinds: list[str], colours: list[str], names: l
         yield Question("where", f"Where is the {colours[pick]} {kinds[pick]}?", names[pick])
 
 
-def counting_scene(rng: Random) -> Scene:
-    """Up to nine small shapes of two kinds, one per cell of 16 pixels."""
+def counting_scene(rng: Random, mix: Mix) -> Scene:
+    """One to six small shapes, and up to three of another kind among them, one per cell of 16 pixels."""
     kinds = rng.sample(SHAPES, 2)
-    counts = (rng.randint(1, 6), rng.randint(0, 3))
+    counts = [rng.randint(1, 6), rng.randint(0, 3)]
+    if not mix.distractors:
+        kinds, counts = kinds[:1], counts[:1]
     cells = rng.sample(range(16), sum(counts))
     image = _canvas(rng, 64, 64)
     draw = ImageDraw.Draw(image)
@@ -173,7 +202,7 @@ def _plural(kind: str) -> str:
     return f"{kind}es" if kind == "cross" else f"{kind}s"
 
 
-def text_scene(rng: Random) -> Scene:
+def text_scene(rng: Random, mix: Mix) -> Scene:
     """A word, a number and a code (letters mixed with digits), or one or two of them, one character per cell."""
     rows = rng.choices((4, 2), weights=(4, 1))[0]
     kinds = rng.sample(("word", "number", "code"), rng.choices((1, 2, 3), weights=(5, 3, 2))[0] if rows == 4 else 1)
@@ -187,7 +216,7 @@ def text_scene(rng: Random) -> Scene:
         start = 4 * row + (rng.randint(0, 4 - len(text)) if len(text) < 4 else 0)
         grid[start : start + len(text)] = text
     asked = [Question(kind, rng.choice(_READ[kind]), texts[kind]) for kind in kinds]
-    return Scene(_draw_grid(rng, grid), (*asked, *_cell_questions(rng, grid, 1)))
+    return Scene(_draw_grid(rng, grid, mix), (*asked, *_cell_questions(rng, grid, 1)))
 
 
 _READ: Final = {
@@ -209,12 +238,12 @@ def _text(rng: Random, kind: str, limit: int) -> str:
     return "".join(mixed)
 
 
-def letter_grid_scene(rng: Random) -> Scene:
+def letter_grid_scene(rng: Random, mix: Mix) -> Scene:
     """Letters and digits scattered over the cells, asked for by row and column."""
     cells = 16 if rng.random() < 0.8 else 8
     filled = set(rng.sample(range(cells), rng.randint(cells // 4, cells)))
     grid = [rng.choice(LETTERS + DIGITS) if cell in filled else " " for cell in range(cells)]
-    return Scene(_draw_grid(rng, grid), tuple(_cell_questions(rng, grid, 4)))
+    return Scene(_draw_grid(rng, grid, mix), tuple(_cell_questions(rng, grid, 4)))
 
 
 def _cell_questions(rng: Random, grid: list[str], limit: int) -> Iterator[Question]:
@@ -223,11 +252,11 @@ def _cell_questions(rng: Random, grid: list[str], limit: int) -> Iterator[Questi
         yield Question("cell", f"What is in row {index // 4 + 1}, column {index % 4 + 1}?", grid[index])
 
 
-def _draw_grid(rng: Random, grid: list[str]) -> Image.Image:
+def _draw_grid(rng: Random, grid: list[str], mix: Mix) -> Image.Image:
     """Draw one character per 16-pixel cell, four cells to a row, in one ink on a contrasting ground."""
     image = _canvas(rng, 64, CELL * (len(grid) // 4))
     ink: Colour = (rng.randint(0, 110), rng.randint(0, 110), rng.randint(0, 110))
-    if rng.random() < 0.25:
+    if rng.random() < mix.dark_ground:
         image.paste(ink, (0, 0, *image.size))
         ink = (rng.randint(220, 255), rng.randint(220, 255), rng.randint(220, 255))
     draw = ImageDraw.Draw(image)
@@ -239,8 +268,9 @@ def _draw_grid(rng: Random, grid: list[str]) -> Image.Image:
     return image
 
 
-def bars_scene(rng: Random) -> Scene:
+def bars_scene(rng: Random, mix: Mix) -> Scene:
     """A bar chart of two to four coloured bars with different heights of one to seven units (8 pixels each)."""
+    del mix
     count = rng.randint(2, 4)
     columns = sorted(rng.sample(range(4), count))
     heights = rng.sample(range(1, 8), count)
