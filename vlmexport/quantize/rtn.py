@@ -30,8 +30,8 @@ def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
             "choose a smaller --group-size or keep this layer with --keep"
         )
     groups = weight.reshape(rows, columns // group_size, group_size)
-    steps = torch.arange(rows).split(max(1, _CHUNK_ELEMENTS // columns))
-    chunks = [slice(int(step[0]), int(step[-1]) + 1) for step in steps]
+    step = max(1, _CHUNK_ELEMENTS // columns)
+    chunks = [slice(start, start + step) for start in range(0, rows, step)]
     scale = storable_scale(torch.cat([_scale(groups[chunk].float(), scheme, name) for chunk in chunks]))
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     zero_point = torch.empty(scale.shape, dtype=torch.uint8, device=weight.device)
