@@ -90,12 +90,24 @@ def verify_artifact(
 
 
 def bench_artifact(
-    path: Path, *, model: str | None = None, progress: Progress | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    model: str | None = None,
+    record: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> BenchReport:
-    """Measure the export in `path` and, in the same run, PyTorch with the original model."""
-    from vlmexport.bench.run import bench_artifact as run_bench
+    """Measure the export in `path` and, in the same run, PyTorch with the original model.
 
-    return run_bench(path, model=model, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code)
+    `record` keeps the numbers in the export's manifest.
+    """
+    from vlmexport.bench.run import bench_artifact as run_bench
+    from vlmexport.manifest import open_artifact, record_result
+
+    report = run_bench(path, model=model, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code)
+    if record:
+        record_result(open_artifact(path, check_hashes=False), "bench", report.to_dict())
+    return report
 
 
 def answer_prompt(

@@ -227,3 +227,15 @@ def open_artifact(path: Path, *, check_hashes: bool = True) -> Artifact:
         if file.stat().st_size != record.bytes or (check_hashes and file_sha256(file) != record.sha256):
             raise ArtifactError(f"{path}: {name} was changed after the export (its SHA-256 differs from the manifest)")
     return Artifact(path, manifest)
+
+
+def record_result(artifact: Artifact, name: str, result: dict[str, Any]) -> Artifact:
+    """Keep `result` (JSON data) as ``results.<name>`` of the export's manifest; nothing else in the folder changes.
+
+    The manifest is replaced at once, so a reader sees the old one or the new one.
+    """
+    manifest = dataclasses.replace(artifact.manifest, results={**artifact.manifest.results, name: result})
+    draft = artifact.path / f".{MANIFEST_NAME}.new"
+    draft.write_text(manifest.to_json(), encoding="utf-8")
+    draft.replace(artifact.path / MANIFEST_NAME)
+    return Artifact(artifact.path, manifest)

@@ -37,7 +37,7 @@ def package(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: E
         parts=emitted.parts,
         quantized=emitted.quantized,
         unquantized=emitted.unquantized,
-        results={"verify": None},
+        results={"verify": None, "bench": None},
     )
     (folder / "README.md").write_text(model_card(manifest, vlm.path), encoding="utf-8")
     return write_manifest(folder, manifest)

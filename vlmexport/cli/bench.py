@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 )
 @artifact_argument
 @reference_option
+@click.option(
+    "--record/--no-record", default=False, show_default=True, help="Keep the numbers in the export's manifest."
+)
 @trust_option
 @common_options
-def command(session: Session, artifact: Path, model: str | None, trust_remote_code: bool) -> None:
+def command(session: Session, artifact: Path, model: str | None, record: bool, trust_remote_code: bool) -> None:
     """Measure the export in DIR, and PyTorch with the original model in the same run."""
     with session.progress() as progress:
-        report = api.bench_artifact(artifact, model=model, progress=progress, trust_remote_code=trust_remote_code)
+        report = api.bench_artifact(
+            artifact, model=model, record=record, progress=progress, trust_remote_code=trust_remote_code
+        )
     data = report.to_dict()
     session.write_json(data)
     print_bench(data, session.console())
