@@ -8,7 +8,7 @@ from typing import Final
 
 from transformers import Idefics3Config, LlamaConfig
 
-from vlmexport.calibrate.synthetic import CALIBRATION_SEEDS, PLAIN_MIX, TEST_SEEDS, TRAIN_SEEDS, Mix
+from vlmexport.calibrate.synthetic import CALIBRATION_SEEDS, TEST_SEEDS, TRAIN_SEEDS, Mix
 
 TILE: Final = 32
 PATCH: Final = 8
@@ -43,11 +43,42 @@ class Schedule:
     seed: int = 1
 
 
-# The second phase starts from the first one's checkpoint with fresh optimizers.
-# It leaves out what the first learned too slowly: light ink on dark, and counting among distractors.
+# Later phases start from the checkpoint before them with fresh optimizers. The second leaves out what the first learned
+# too slowly: light ink on dark, and counting among distractors. The third dwells on reading, the slowest of the rest;
+# the fourth on pictures with a single text.
 PHASES: Final = (
-    Schedule(steps=900, horizon=1200, mix=Mix(counting=14, bars=16, dark_ground=0.25, distractors=True)),
-    Schedule(steps=520, horizon=520, mix=PLAIN_MIX, first_step=900, decay_from=0.15, muon_rate=1.5e-3, adam_rate=1e-3),
+    Schedule(
+        steps=900, horizon=1200, mix=Mix(counting=14, bars=16, several_texts=True, dark_ground=0.25, distractors=True)
+    ),
+    Schedule(
+        steps=520,
+        horizon=520,
+        mix=Mix(several_texts=True),
+        first_step=900,
+        decay_from=0.15,
+        muon_rate=1.5e-3,
+        adam_rate=1e-3,
+    ),
+    Schedule(
+        steps=280,
+        horizon=280,
+        mix=Mix(shapes=24, counting=4, text=60, grid=6, bars=6, several_texts=True),
+        first_step=1420,
+        warmup=15,
+        decay_from=0.1,
+        muon_rate=1.2e-3,
+        adam_rate=8e-4,
+    ),
+    Schedule(
+        steps=110,
+        horizon=110,
+        mix=Mix(shapes=20, counting=3, text=70, grid=3, bars=4),
+        first_step=1700,
+        warmup=10,
+        decay_from=0.1,
+        muon_rate=8e-4,
+        adam_rate=5e-4,
+    ),
 )
 
 

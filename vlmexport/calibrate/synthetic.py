@@ -89,7 +89,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind of scene is drawn, and how hard two of them are.
+    """How often each kind of scene is drawn, and how hard some of them are.
 
     Attributes:
         shapes: weight of one to three large shapes; the other weights likewise.
@@ -97,6 +97,7 @@ class Mix:
         text: words, numbers and codes.
         grid: letters scattered over cells.
         bars: bar charts.
+        several_texts: whether words, numbers and codes also share a picture.
         dark_ground: share of text pictures in light ink on a dark ground.
         distractors: whether a second kind of shape stands between those to be counted.
     """
@@ -106,6 +107,7 @@ class Mix:
     text: int = 32
     grid: int = 8
     bars: int = 10
+    several_texts: bool = False
     dark_ground: float = 0.0
     distractors: bool = False
 
@@ -203,9 +205,11 @@ def _plural(kind: str) -> str:
 
 
 def text_scene(rng: Random, mix: Mix) -> Scene:
-    """A word, a number and a code (letters mixed with digits), or one or two of them, one character per cell."""
+    """A word, a number or a code (letters mixed with digits), or several of them, one character per cell."""
     rows = rng.choices((4, 2), weights=(4, 1))[0]
     kinds = rng.sample(("word", "number", "code"), rng.choices((1, 2, 3), weights=(5, 3, 2))[0] if rows == 4 else 1)
+    if not mix.several_texts:
+        kinds = kinds[:1]
     texts = {kind: _text(rng, kind, 8 if len(kinds) == 1 else 4) for kind in kinds}
     grid = [" "] * (4 * rows)
     heights = {kind: math.ceil(len(text) / 4) for kind, text in texts.items()}
