@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.tiny import make_tiny
 from tests.verify import mutate
@@ -17,6 +18,15 @@ pytestmark = pytest.mark.slow
 
 # The weights are random: nearly equal logits make 4 bits lose many top tokens, which the gate rightly reports.
 HONEST_LOSS = {"quantization/kl", "quantization/top1", "quantization/perplexity_ratio"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other take longer than these sizes need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,7 @@ def test_the_sound_export_lowers_exactly(sound):
         (mutate.nan_in_projector, "projector", {"projector/features[wide]"}),
         (mutate.nan_in_decoder, "decoder", {"codes/", "decoder/prefill[wide]", "decoder/decode"}),
         (mutate.wrong_table_row, "embed_tokens", {"embed_tokens/table"}),
-        (mutate.wrong_norm, "decoder", {"decoder/prefill[wide]", "decoder/one_token", "decoder/shipped_kl"}),
+        (mutate.wrong_norm, "decoder", {"decoder/prefill[wide]", "decoder/one_token"}),
     ],
     ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else ""),
 )

@@ -6,7 +6,7 @@ import torch
 
 from vlmexport.model.load import load_vlm
 from vlmexport.runtime.prompt import PromptBuilder
-from vlmexport.runtime.protocol import ModelInputs, PartOutputError
+from vlmexport.runtime.protocol import ModelInputs, PartOutputError, require_right_padding
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.capture import split_model
 from vlmexport.target import load_target
@@ -70,7 +70,7 @@ def failed(gate):
 def test_the_reference_against_itself_is_green(runner, embeds):
     gate = Gate()
     totals = lowering(gate, runner, embeds)
-    check_consistency(gate, runner, embeds, 1e-5, left_pad=False)
+    check_consistency(gate, runner, embeds, 1e-5, left_pad=True)
     assert failed(gate) == set()
     assert {"decoder/prefill[wide]", "decoder/one_token", "decoder/ragged_batch", "decoder/cache"} <= {
         c.name for c in gate.checks
@@ -100,7 +100,7 @@ def test_a_decoder_that_forgets_its_cache_fails_with_and_without_reference(runne
     gate = Gate()
     broken = Broken(runner, decode=decode)
     lowering(gate, runner, embeds, exact=broken)
-    check_consistency(gate, broken, embeds, 1e-5, left_pad=False)
+    check_consistency(gate, broken, embeds, 1e-5, left_pad=True)
     assert {"decoder/decode", "decoder/ragged_batch", "decoder/cache"} <= failed(gate)
     assert "decoder/prefill[wide]" not in failed(gate)
 
@@ -121,8 +121,20 @@ def test_last_logits_that_are_not_the_last_row(runner, embeds):
         return (logits if keep == 0 else logits[:, :1]), cache
 
     gate = Gate()
-    check_consistency(gate, Broken(runner, prefill=prefill), embeds, 1e-5, left_pad=False)
+    check_consistency(gate, Broken(runner, prefill=prefill), embeds, 1e-5, left_pad=True)
     assert failed(gate) == {"decoder/keep_last"}
+
+
+def test_left_padding_that_a_right_padded_graph_would_answer_wrongly_must_be_refused(runner, embeds):
+    def prefill(inputs_embeds, attention_mask, keep=1, **kwargs):
+        require_right_padding(attention_mask)
+        return runner.prefill(inputs_embeds, attention_mask, keep, **kwargs)
+
+    careless, careful = Gate(), Gate()
+    check_consistency(careless, runner, embeds, 1e-5, left_pad=False)
+    check_consistency(careful, Broken(runner, prefill=prefill), embeds, 1e-5, left_pad=False)
+    assert failed(careless) == {"decoder/padding_guard"}
+    assert failed(careful) == set()
 
 
 def test_a_part_that_does_not_run_is_named(runner, embeds):

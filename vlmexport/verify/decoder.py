@@ -13,7 +13,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmexport.runtime.protocol import Array, Runner
+from vlmexport.errors import BadInputError
+from vlmexport.runtime.protocol import Array, PartOutputError, Runner
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
 
@@ -100,7 +101,8 @@ def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], li
 
     ``decoder/keep_last``: logits of the last position alone equal the last of all; ``decoder/cache``: token by token
     over the cache equals one prefill; ``decoder/right_padding`` (and ``decoder/left_padding`` where the graph allows
-    it): rows of a padded batch equal the same prompts alone.
+    it): rows of a padded batch equal the same prompts alone. Where it does not, ``decoder/padding_guard``: left
+    padding, which such a graph answers with wrong numbers, is refused.
     """
     sequences = list(embeds.values())
     longest = max(sequences, key=lambda s: s.shape[1])
@@ -112,6 +114,8 @@ def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], li
             "decoder/cache", PART, "lowering", _logits(exact, longest, 0), _token_by_token(exact, longest), limit
         )
     shortest = min(sequences, key=lambda s: s.shape[1])
+    if not left_pad:
+        _padding_guard(gate, exact, [shortest, longest])
     sides = ("right", "left") if left_pad else ("right",)
     for side in sides:
         name = f"decoder/{side}_padding"
@@ -119,6 +123,21 @@ def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], li
             alone = [_logits(exact, s, 0)[0] for s in (shortest, longest)]
             together = _padded_logits(exact, [shortest, longest], side)
             gate.close(name, PART, "lowering", np.concatenate(alone), np.concatenate(together), limit)
+
+
+def _padding_guard(gate: Gate, exact: Runner, rows: list[Array]) -> None:
+    embeds, mask = _pad(rows, "left")
+    faults = []
+    try:
+        exact.prefill(embeds, mask, 1)
+    except BadInputError:
+        pass
+    except PartOutputError as error:
+        gate.fail("decoder/padding_guard", error.part, "lowering", str(error))
+        return
+    else:
+        faults.append("a left-padded batch was accepted, although the graph takes right padding only")
+    gate.verdict("decoder/padding_guard", PART, "lowering", faults, "faults")
 
 
 def _prefill(
