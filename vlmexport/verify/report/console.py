@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -76,17 +77,22 @@ def _question_table(title: str, status: str, rows: list[tuple[str, str]]) -> Tab
 
 
 def _checks(report: ParityReport, *, every_check: bool) -> Table:
-    table = Table("part", "check", "status", "metric", title="Checks", title_justify="left")
-    table.add_column("worst value", justify="right")
-    table.add_column("limit", justify="right")
+    # Names are what a user greps for: they are never cut, also on a terminal of 80 columns.
+    table = Table(title="Checks", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("check", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("worst", justify="right", no_wrap=True)
+    table.add_column("limit", justify="right", no_wrap=True)
+    table.add_column("metric")
     for group in group_checks(report.checks, every_check=every_check):
         check = group.worst
         status = f"[{_COLORS[check.status]}]{check.status.replace('_', ' ')}[/]"
         sign = "<=" if check.metric.endswith("<=") else ">="
         limit = "" if check.limit is None else f"{sign} {compact(check.limit)}"
-        name = group.name if group.count == 1 else f"{group.name} ({group.count})"
+        name = group.name if check.name.startswith(f"{check.part}/") else f"{check.part}: {group.name}"
+        name = name if group.count == 1 else f"{name} ({group.count})"
         metric = check.metric.removesuffix(" <=").removesuffix(" >=")
-        table.add_row(check.part, escape(name), status, metric, compact(check.value), limit)
+        table.add_row(escape(name), status, compact(check.value), limit, metric)
     return table
 
 
