@@ -69,8 +69,10 @@ def _ask(console: Console, out: Path) -> list[dict[str, Any]]:
         answer = api.answer_prompt(out, [question.image], question.question, Sampling(max_new_tokens=32), _discard)
         text = answer.text.strip()
         right = text in question.answers
+        console.print(f"  {question.image}", style="dim", markup=False, soft_wrap=True)
         console.print(f"  Q {question.question}", markup=False, soft_wrap=True)
-        console.print(f"  A {text}  ({'right' if right else 'wrong'})", markup=False, soft_wrap=True)
+        verdict = "right" if right else f"wrong, expected: {' / '.join(question.answers)}"
+        console.print(f"  A {text}  ({verdict})", markup=False, soft_wrap=True)
         answers.append({"image": str(question.image), "question": question.question, "answer": text, "right": right})
     return answers
 
