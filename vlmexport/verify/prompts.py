@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlmexport.calibrate.synthetic import TEST_SEEDS, samples
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact
 from vlmexport.runtime.prompt import PromptBuilder
@@ -72,11 +73,21 @@ def build(builder: PromptBuilder, probe: Probe) -> ModelInputs:
     return builder.encode(f"{token * len(probe.images)}\n{probe.text}", probe.images)
 
 
-def answer_items(prompts: Prompts, asked: Sequence[Question]) -> list[Item]:
-    """What both sides answer: the questions, or without any the probes (not scored)."""
-    if not asked:
-        return [Item(p.exported, p.reference) for p in prompts.probes if p.reference is not None]
+def answer_items(prompts: Prompts, asked: Sequence[Question], drawn: int) -> list[Item]:
+    """What both sides answer: the questions, or without any `drawn` pictures with one question each (not scored).
+
+    The probes are no substitute: they are few, and made to catch a broken graph, not to be like what a model sees.
+    """
     own = prompts.reference or prompts.exported
+    if not asked:
+        probes = [_drawn_probe(TEST_SEEDS[-1 - index]) for index in range(drawn)]
+        return [Item(build(prompts.exported, probe), build(own, probe)) for probe in probes]
     return [
         Item(prompts.exported.build(q.images, q.text), own.build(q.images, q.text), q.answers, q.task) for q in asked
     ]
+
+
+def _drawn_probe(seed: int) -> Probe:
+    """One drawn picture (shapes, counting, reading, a chart) and a question about it."""
+    sample = next(samples(seed, 1))
+    return Probe("drawn", sample.question, (sample.image,))

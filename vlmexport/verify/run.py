@@ -40,6 +40,8 @@ _CPU = "CPUExecutionProvider"
 _SCORED_TOKENS = 48
 _UNSCORED_TOKENS = 16
 _SMALL_EXPORT_BYTES = 64 << 20
+# Drawn questions where a model has none of its own: enough answer tokens for a share, few enough to wait for.
+_DRAWN_SMALL, _DRAWN = 60, 12
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
     ("decoder/accounted", "decoder", "lowering"),
     ("vision_encoder/features", "vision_encoder", "lowering"),
@@ -207,7 +209,7 @@ def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array])
 def _check_quantization(
     run: _Run, reference: Reference, prompts: Prompts, asked: list[Question]
 ) -> tuple[Answers, QuantizationSummary]:
-    items = answer_items(prompts, asked)
+    items = answer_items(prompts, asked, _DRAWN_SMALL if _is_small(run.artifact) else _DRAWN)
     answers, summary = Answers(), QuantizationSummary()
     with run.gate.guard("quantization/answers", "model", "quantization"):
         answers = collect_answers(
@@ -262,8 +264,11 @@ def _bundled_questions(artifact: Artifact, amount: Amount) -> list[Question]:
 
 def _good_threads(artifact: Artifact) -> int:
     """One for a model so small that handing work between threads costs more than it saves; 0: the runtimes' choice."""
-    stored = sum(record.bytes for record in artifact.manifest.files.values())
-    return 1 if stored < _SMALL_EXPORT_BYTES else 0
+    return 1 if _is_small(artifact) else 0
+
+
+def _is_small(artifact: Artifact) -> bool:
+    return sum(record.bytes for record in artifact.manifest.files.values()) < _SMALL_EXPORT_BYTES
 
 
 @contextmanager
