@@ -138,7 +138,16 @@ def test_attention_is_one_operator_a_layer(fp32: Exported) -> None:
     nodes = [n.op_type for n in fp32.vision.graph.model.graph]
     assert "Softmax" not in nodes
     layers = {n.split(".layers.")[1].split(".")[0] for n in part_parameter_names(fp32.parts[0]) if ".layers." in n}
-    assert nodes.count("MultiHeadAttention") == len(layers)
+    assert nodes.count("MultiHeadAttention") + nodes.count("If") == len(layers)
+
+
+def test_a_mask_that_hides_nothing_is_left_out_when_the_graph_runs(idefics3: Exported) -> None:
+    choices = [n for n in idefics3.vision.graph.model.graph if n.op_type == "If"]
+    assert len({n.inputs[0] for n in choices}) == 1
+    for node in choices:
+        (fast,), (masked,) = (list(node.attributes[b].as_graph()) for b in ("then_branch", "else_branch"))
+        assert fast.inputs == masked.inputs[:3]
+        assert len(masked.inputs) == 6
 
 
 def test_tiles_that_are_padding_are_left_out(idefics3: Exported) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
+from vlmexport.lower.onnx.masks import skip_empty_masks
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
 from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
 from vlmexport.lower.onnx.simplify import simplify
@@ -49,7 +50,9 @@ def lower_vision(
     parameters = {part.prefix + name: p for name, p in part.module.named_parameters()}
     simplify(graph_model)
     expand_repeats(graph, repeats, parameters)
-    values = [v for v in graph.inputs if v.name in parameters]
+    skip_empty_masks(graph)
+    named = {v.name: v for v in graph.inputs}
+    values = [named[name] for name in parameters if name in named]
     for value in values:
         graph.inputs.remove(value)
     groups, kept, halves = _store(graph, part, [v for v in values if v.uses()], parameters, precision)
