@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -96,7 +97,9 @@ class OnnxRunner:
 
     @cached_property
     def _embedding(self) -> PartSession:
-        return self._part("embed_tokens", "inputs_embeds")
+        # It runs before every decode step, and idle threads of its own would spin against the decoder's.
+        settings = dataclasses.replace(self.settings, threads=1)
+        return PartSession(self.artifact.part_path("embed_tokens"), "embed_tokens", settings, "inputs_embeds")
 
     @cached_property
     def _decoder(self) -> DecoderSession:
