@@ -53,7 +53,9 @@ def export_onnx(
     Raises `BadInputError` for input that cannot be exported (nothing is written), `NotPossibleHereError` when the disk
     is full or read-only. A red gate is not raised: it is in the result, and the export is in ``<out>.failed``.
     """
+    failed = out.with_name(out.name + ".failed")
     _check_destination(out, force)
+    _check_destination(failed, True)  # an earlier failed export may be replaced, a folder of the user's may not
     target = load_target(options.target)
     check_options(options, target)
     vlm, split = _load_and_split(model, trust_remote_code, progress)
@@ -67,7 +69,7 @@ def export_onnx(
             results = {**artifact.manifest.results, "verify": report.to_dict()}
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         red = report is not None and report.status == "failed"
-        destination = out.with_name(out.name + ".failed") if red else out
+        destination = failed if red else out
         _move_into_place(workspace, destination)
     return ExportResult(Artifact(destination, artifact.manifest), report)
 
@@ -105,11 +107,11 @@ def _check_destination(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise BadInputError(f"--out {out} is a file; give a folder that does not exist yet")
+        raise BadInputError(f"{out} is a file; give a folder that does not exist yet")
     if not any(out.iterdir()):
         return
     if not (out / MANIFEST_NAME).is_file():
-        raise BadInputError(f"--out {out} is not empty and not a vlmexport export; choose another folder")
+        raise BadInputError(f"{out} is not empty and not a vlmexport export; choose another folder with --out")
     if not force:
         raise BadInputError(f"--out {out} already holds an export; use --force to replace it, or choose another folder")
 
