@@ -1,16 +1,19 @@
 """The plan decides the fate of every parameter exactly once, and refuses what the target cannot take."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.lower.onnx.products import emitted_product
 from tests.tiny import make_tiny
-from vlmexport.errors import BadInputError
+from vlmexport.errors import BadInputError, NotPossibleHereError
 from vlmexport.model.load import VLM, load_vlm
 from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
 from vlmexport.quantize.rtn import quantize_rtn
-from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.quantize.scheme import QuantScheme, make_scheme
 from vlmexport.split.capture import split_model
 from vlmexport.split.parts import Split
 from vlmexport.target import load_target
@@ -77,6 +80,32 @@ def test_sizes_are_those_of_the_quantized_tensors(model: tuple[VLM, Split]) -> N
         assert plan.weight(name).bytes_after == expected
 
 
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        (make_scheme("nf4"), "nf4"),
+        (make_scheme("nf4:nested", group_size=128), "nf4"),
+        (make_scheme("rtn", bits=2, group_size=-1), "int2"),
+        (make_scheme("rtn", bits=8, group_size=-1, symmetric=False), "int8"),
+        (make_scheme("torchao:int4wo"), "int4"),
+        (make_scheme("torchao:int8wo"), "int8"),
+    ],
+    ids=lambda value: f"{value.algorithm}-{value.bits}" if isinstance(value, QuantScheme) else value,
+)
+@pytest.mark.parametrize("decoder_dtype", ["fp32", "fp16"])
+def test_sizes_are_those_of_the_graphs_initializers(
+    model: tuple[VLM, Split], scheme: QuantScheme, dtype: str, decoder_dtype: str
+) -> None:
+    plan = plan_of(model, scheme=scheme, decoder_dtype=decoder_dtype)
+    names = [f"model.language_model.layers.1.mlp.{n}_proj.weight" for n in ("up", "gate")]
+    tensors = {n: model[0].parameters_by_name()[n] for n in names}
+    kind = {"fp32": torch.float32, "fp16": torch.float16}[decoder_dtype]
+    graph, _ = emitted_product(tensors, scheme, kind, 0, {})
+    stored = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+    assert sum(plan.weight(n).bytes_after for n in names) == stored
+    assert {plan.weight(n).dtype for n in names} == {dtype}
+
+
 def test_keep_names_its_pattern(model: tuple[VLM, Split]) -> None:
     plan = plan_of(model, keep=("*.layers.0.mlp.*",))
     kept = plan.weight("model.language_model.layers.0.mlp.up_proj.weight")
@@ -114,12 +143,33 @@ def test_a_group_size_that_does_not_divide_names_weight_and_choices(model: tuple
         plan_of(model, scheme=QuantScheme(group_size=256))
 
 
+def test_the_choices_of_group_size_are_the_methods(model: tuple[VLM, Split]) -> None:
+    with pytest.raises(BadInputError, match=r"group size 256; choose --group-size 64 or 128$"):
+        plan_of(model, scheme=make_scheme("nf4", group_size=256))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["fp8", "smoothquant", "torchao:int8da-int8w"])
+def test_methods_that_the_runtime_cannot_hold_are_refused_with_the_reason(name: str, target: str) -> None:
+    options = OnnxOptions(target=target, scheme=make_scheme(name))
+    with pytest.raises(BadInputError, match=f"target {target} refuses {name}: .*; choose .*"):
+        check_options(options, load_target(target))
+    inside = OnnxOptions(target=target, scheme=QuantScheme(overrides={"lm_head": make_scheme(name)}))
+    with pytest.raises(BadInputError, match=f"target {target} refuses {name}: "):
+        check_options(inside, load_target(target))
+
+
+def test_a_method_whose_package_is_missing_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(NotPossibleHereError, match=r"run `pip install vlmexport\[torchao\]`"):
+        check_options(OnnxOptions(scheme=make_scheme("torchao:int4wo")), CPU)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (OnnxOptions(scheme=QuantScheme(bits=3)), "refuses 3-bit weights: MatMulNBits takes 2, 4 and 8 bits only"),
         (OnnxOptions(scheme=QuantScheme(overrides={"*": QuantScheme(bits=3)})), "refuses 3-bit weights"),
-        (OnnxOptions(scheme=QuantScheme(group_size=-1)), "groups of 16 to 256"),
         (OnnxOptions(layout="genai"), "no layout 'genai'; it has split"),
     ],
 )
@@ -147,8 +197,6 @@ def test_the_plan_is_json(model: tuple[VLM, Split]) -> None:
 
 
 def test_a_weight_without_a_part_is_refused(model: tuple[VLM, Split], tmp_path: Path) -> None:
-    import torch
-
     from vlmexport.errors import UnsupportedModelError
 
     vlm, split = model
@@ -158,3 +206,27 @@ def test_a_weight_without_a_part_is_refused(model: tuple[VLM, Split], tmp_path: 
             plan_export(vlm, split, CPU, OnnxOptions())
     finally:
         del vlm.model.stray
+
+
+def test_the_cache_is_counted_per_token(model: tuple[VLM, Split]) -> None:
+    kv = model[0].facts.kv
+    values = 2 * kv.layers * kv.heads * kv.head_dim
+    assert plan_of(model).kv_bytes_per_token == 4 * values
+    assert plan_of(model, decoder_dtype="fp16").kv_bytes_per_token == 2 * values
+    assert plan_of(model, kv_cache="int8").kv_bytes_per_token == values
+
+
+def test_an_int8_cache_is_refused_with_the_reason() -> None:
+    with pytest.raises(BadInputError, match="--kv-cache int8 needs --attention gqa: the standard operator has no"):
+        check_options(OnnxOptions(kv_cache="int8", attention="standard"), CPU)
+    with pytest.raises(BadInputError, match=r"target cuda has no int8 KV cache .* choose --kv-cache same"):
+        check_options(OnnxOptions(target="cuda", kv_cache="int8"), load_target("cuda"))
+
+
+def test_packed_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
+    from vlmexport.errors import UnsupportedModelError
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    vlm = load_vlm(str(make_tiny("llava", tmp_path / "moe", text_type="mixtral", text=experts)))
+    with pytest.raises(UnsupportedModelError, match=r"no ONNX form yet \(.*experts.gate_up_proj holds 4 experts\)"):
+        plan_export(vlm, split_model(vlm), CPU, OnnxOptions())

@@ -36,6 +36,22 @@ def test_unknown_keys_are_refused(table: str | None, key: str) -> None:
         parse_target(data, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("table", "reasons", "message"),
+    [
+        ("refused_algorithms", {"fp9": "no kernel"}, "refused_algorithms: fp9 is no algorithm"),
+        ("refused_algorithms", {"fp8": ""}, "fp8 is refused without a reason"),
+        ("refused_algorithms", {"fp8": True}, "fp8 is refused without a reason"),
+        ("refused", {"3": ""}, "3 is refused without a reason"),
+    ],
+)
+def test_refusals_name_what_exists_and_say_why(table: str, reasons: dict[str, object], message: str) -> None:
+    data = raw()
+    data["quantization"][table] = reasons  # type: ignore[index]
+    with pytest.raises(BadInputError, match=message):
+        parse_target(data, "cpu")
+
+
 def test_missing_keys_and_foreign_versions_are_refused() -> None:
     data = raw()
     del data["parity"]["vision_rel"]  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Sizes of a tiny checkpoint; `text` and `vision` are further keys of the sub-configs."""
+    """Sizes of a tiny checkpoint; `text` and `vision` are keys of the sub-configs, `text_type` is the decoder."""
 
     dtype: str = "float32"
     hidden: int = 128
@@ -44,6 +44,7 @@ class TinySpec:
     image_size: int = 32
     patch_size: int = 8
     image_splitting: bool = True
+    text_type: str = "llama"
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
 
@@ -113,9 +114,10 @@ def make_tokenizer(vocab: int) -> Any:
 
 
 def _text_config(spec: TinySpec, tokenizer: Any) -> Any:
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        spec.text_type,
         hidden_size=spec.hidden,
         intermediate_size=spec.intermediate,
         num_hidden_layers=spec.layers,

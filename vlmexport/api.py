@@ -13,10 +13,15 @@ from vlmexport.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from vlmexport.bench.run import BenchReport
+    from vlmexport.calibrate.recipe import CalibrationOptions
+    from vlmexport.calibrate.sensitivity import Sensitivity
+    from vlmexport.checkpoint_plan import CheckpointOptions
     from vlmexport.doctor import DoctorReport
     from vlmexport.inspection import InspectReport
     from vlmexport.pipeline import ExportResult
     from vlmexport.plan import ExportPlan, OnnxOptions
+    from vlmexport.quantize.scheme import QuantScheme
+    from vlmexport.quantize_pipeline import CheckpointResult
     from vlmexport.runtime.generate import Answer
     from vlmexport.runtime.sampling import Sampling
     from vlmexport.verify.result import ParityReport
@@ -30,17 +35,37 @@ def inspect_model(model: str, *, trust_remote_code: bool = False) -> InspectRepo
     return inspect_vlm(load_vlm(model, trust_remote_code=trust_remote_code))
 
 
-def plan_onnx(model: str, options: OnnxOptions, *, trust_remote_code: bool = False) -> ExportPlan:
-    """What `export_onnx` would do to every weight; nothing is written."""
-    from vlmexport.model.load import load_vlm
+def plan_onnx(
+    model: str,
+    options: OnnxOptions,
+    *,
+    calibration: CalibrationOptions | None = None,
+    save_plan: Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> ExportPlan:
+    """What `export_onnx` would do to every weight; nothing is exported.
+
+    ``--quant auto`` measures and calibrates for that, on `calibration`'s samples; `save_plan` is a file for its choice.
+    """
+    import tempfile
+
+    from vlmexport.calibrate.auto import settle_bits
+    from vlmexport.calibrate.recipe import CalibrationOptions
+    from vlmexport.pipeline import load_and_split
     from vlmexport.plan import check_options, plan_export
-    from vlmexport.split.capture import split_model
     from vlmexport.target import load_target
 
+    watcher = progress or SilentProgress()
     target = load_target(options.target)
     check_options(options, target)
-    vlm = load_vlm(model, trust_remote_code=trust_remote_code)
-    return plan_export(vlm, split_model(vlm), target, options)
+    vlm, split = load_and_split(model, trust_remote_code, watcher)
+    with tempfile.TemporaryDirectory(prefix="vlmexport-") as work:
+        chosen = calibration or CalibrationOptions()
+        settled, quant_plan = settle_bits(vlm, split, target, options, chosen, Path(work), watcher)
+    if quant_plan is not None and save_plan is not None:
+        quant_plan.write(save_plan)
+    return plan_export(vlm, split, target, settled)
 
 
 def export_onnx(
@@ -48,12 +73,15 @@ def export_onnx(
     out: Path,
     options: OnnxOptions,
     *,
+    calibration: CalibrationOptions | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> ExportResult:
     """Export `model` into the folder `out` and, with `verify`, judge the result by the gate.
+
+    `calibration` says which samples the calibrated algorithms look at (default: the bundled recipe).
 
     Raises `BadInputError` when `out` exists and `force` is False.
     """
@@ -63,11 +91,69 @@ def export_onnx(
         model,
         out,
         options,
+        calibration=calibration,
         force=force,
         verify=verify,
         progress=progress or SilentProgress(),
         trust_remote_code=trust_remote_code,
     )
+
+
+def quantize_checkpoint(
+    model: str,
+    out: Path,
+    options: CheckpointOptions,
+    *,
+    calibration: CalibrationOptions | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> CheckpointResult:
+    """Write `model` into `out` as a Hugging Face checkpoint with a quantized decoder and, with `verify`, check it.
+
+    Raises `BadInputError` when `out` exists and `force` is False.
+    """
+    from vlmexport import quantize_pipeline
+
+    return quantize_pipeline.quantize_checkpoint(
+        model,
+        out,
+        options,
+        calibration=calibration,
+        force=force,
+        verify=verify,
+        progress=progress or SilentProgress(),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def measure_sensitivity(
+    model: str,
+    scheme: QuantScheme,
+    *,
+    calibration: CalibrationOptions | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Sensitivity:
+    """What quantizing each decoder module of `model` alone by `scheme` (data-free) does to its answers.
+
+    `out` is a folder for the heat map (PNG and HTML) and the numbers (JSON).
+    """
+    from vlmexport.calibrate.heatmap import check_report_folder, write_report
+    from vlmexport.calibrate.recipe import CalibrationOptions
+    from vlmexport.calibrate.sensitivity import measure_sensitivity as measure
+    from vlmexport.pipeline import load_and_split
+
+    watcher = progress or SilentProgress()
+    if out is not None:
+        check_report_folder(out)
+    vlm, split = load_and_split(model, trust_remote_code, watcher)
+    found = measure(vlm, split, scheme, calibration or CalibrationOptions(), watcher)
+    if out is not None:
+        write_report(found, out)
+    return found
 
 
 def verify_artifact(

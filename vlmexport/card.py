@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from vlmexport.manifest import Manifest
+from vlmexport.manifest import Manifest, QuantizedRecord
 
 _LINEAGE_KEYS = ("license", "license_name", "license_link", "language", "base_model")
 
@@ -41,12 +41,12 @@ def model_card(manifest: Manifest, source: Path) -> str:
 
 
 def _metadata(manifest: Manifest, source: Path) -> list[str]:
-    kept = _lineage(source / "README.md")
+    kept = lineage(source / "README.md")
     lines = ["---", "library_name: onnx", "pipeline_tag: image-text-to-text", "tags:", "- onnx", "- vlmexport"]
     return [*lines, *kept, "---"]
 
 
-def _lineage(readme: Path) -> list[str]:
+def lineage(readme: Path) -> list[str]:
     """Licence and lineage lines of the source model's own card."""
     if not readme.is_file():
         return []
@@ -58,11 +58,25 @@ def _lineage(readme: Path) -> list[str]:
 
 
 def _quantization(manifest: Manifest) -> str:
-    if not manifest.quantized:
-        return f"No weight is quantized; the decoder computes in {manifest.model['decoder_dtype']}."
-    kinds = Counter(
-        f"{r.bits}-bit {'symmetric' if r.symmetric else 'asymmetric'}, groups of {r.group_size}"
-        for r in manifest.quantized
-    )
+    """What is quantized and where the codes are from; then the cache and the prompt graph where they are INT8."""
+    cache = ["The KV cache holds 8-bit integers."] if manifest.model["kv"]["dtype"] == "int8" else []
+    prompts = "Prompts run through a graph of their own, `decoder_prefill.onnx`, with INT8 products."
+    more = [*cache, *([prompts] if manifest.model.get("prefill") else [])]
+    return " ".join([_decoder(manifest), *more])
+
+
+def _decoder(manifest: Manifest) -> str:
+    own = [record for record in manifest.quantized if record.part == "decoder"]
+    if not own:
+        return f"No weight of the decoder is quantized; it computes in {manifest.model['decoder_dtype']}."
+    kinds = Counter(f"{_kind(r)}, groups of {r.group_size}" for r in own)
     told = "; ".join(f"{n} matrices {kind}" for kind, n in kinds.items())
-    return f"Decoder: {told}. Vision encoder, projector and embedding are not quantized."
+    source = manifest.source.get("quantization")
+    kept = f" Codes and scales are those of the quantized checkpoint ({source['summary']})." if source else ""
+    return f"Decoder: {told}.{kept} Vision encoder, projector and embedding are not quantized."
+
+
+def _kind(record: QuantizedRecord) -> str:
+    if record.codebook:
+        return record.codebook.upper()
+    return f"{record.bits}-bit {'symmetric' if record.symmetric else 'asymmetric'}"

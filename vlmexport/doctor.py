@@ -8,9 +8,9 @@ import importlib.util
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from vlmexport.cpu import cpu_flags, int8_gain
 from vlmexport.target import Target, load_target, target_names
 
 # Instruction sets that decide how fast quantized products run on a CPU, as Linux spells them.
@@ -133,23 +133,14 @@ def _cpu() -> list[Finding]:
     name = f"{platform.machine()}, {_cores()} cores"
     findings = [Finding("accelerators", "cpu", True, name)]
     present = [Finding("accelerators", f, True, text) for f, text in _CPU_FLAGS.items() if f in flags]
-    return findings + present
+    gains, reason = int8_gain(flags)
+    verdict = {True: "gains here", False: "does not run here", None: "may gain here"}[gains]
+    prompts = Finding("accelerators", "--prefill int8", gains is not False, f"{verdict}: {reason}")
+    return [*findings, *present, prompts]
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_flags() -> frozenset[str]:
-    """Instruction set flags of the first core as Linux reports them; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return frozenset()
-    for line in info.read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
 
 
 def _extra(name: str, module: str, purpose: str, providers: tuple[str, ...]) -> Finding:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoint
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, plan_export
-from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, float_weights, plan_export
+from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
+from vlmexport.quantize.scheme import make_scheme
 from vlmexport.target import load_target, target_names
 
 if TYPE_CHECKING:
+    from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
 
 CONTEXTS = (1024, 4096, 32768)
-# Parameters. Smaller models lose more from few bits and from large groups.
-SMALL_MODEL = 3_000_000_000
 _PICTURE_SIZES = ((224, 224), (640, 480), (480, 640), (1920, 1080))
 _INT4_GROUP = 32
 
@@ -39,13 +42,15 @@ class PartReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """The KV cache of one sequence at FP16; `bytes_at` by context length in tokens."""
+    """The KV cache of one sequence at FP16, and at INT8 (``--kv-cache int8``); ``*_at`` by context length in tokens."""
 
     layers: int
     heads: int
     head_dim: int
     bytes_per_token: int
     bytes_at: dict[str, int]
+    int8_bytes_per_token: int
+    int8_bytes_at: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,23 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The suggested export; `command` can be typed as it is."""
+    """The suggested export; `command` can be typed as it is, `advice` says what fewer bits would cost."""
 
     bits: int
     group_size: int
     symmetric: bool
     command: str
     reason: str
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Everything ``vlmexport inspect`` says; None or empty where a refused split leaves it unknown."""
+    """Everything ``vlmexport inspect`` says; None or empty where a refused split leaves it unknown.
+
+    `quantized` describes the codes of a checkpoint that came quantized (``gptq 4-bit g128 sym``), `quantized_notes`
+    what of its recipe an export does not carry on.
+    """
 
     model: str
     architecture: str
@@ -87,6 +97,8 @@ class InspectReport:
     kv: CacheReport
     targets: tuple[TargetReport, ...]
     recipe: Recipe
+    quantized: str | None = None
+    quantized_notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report with the keys of the CLI reference."""
@@ -104,6 +116,7 @@ def inspect_vlm(vlm: VLM) -> InspectReport:
     except UnsupportedModelError as error:
         refusal = str(error)
     tokens, note = tokens_per_image(vlm)
+    targets = tuple(_target_report(name, vlm, split, refusal) for name in target_names())
     return InspectReport(
         model=vlm.source,
         architecture=vlm.facts.architecture,
@@ -118,15 +131,18 @@ def inspect_vlm(vlm: VLM) -> InspectReport:
         tokens_per_image=tokens,
         tokens_per_image_note=note,
         kv=cache_report(vlm),
-        targets=tuple(_target_report(name, vlm, split, refusal) for name in target_names()),
-        recipe=suggest_recipe(vlm.source, parameters),
+        targets=targets,
+        recipe=suggest_recipe(vlm.source, parameters, _first_command(split, targets))
+        if vlm.quantized is None
+        else _kept_recipe(vlm, vlm.quantized, split, targets),
+        quantized=None if vlm.quantized is None else vlm.quantized.summary,
+        quantized_notes=() if vlm.quantized is None else vlm.quantized.notes,
     )
 
 
 def part_reports(vlm: VLM, split: Split) -> tuple[PartReport, ...]:
     """Sizes of the four parts. A tied LM head is counted once, with the embedding."""
-    plan = plan_export(vlm, split, load_target("cpu"), OnnxOptions(scheme=None))
-    weights = [w for w in plan.weights if w.bytes_before]
+    weights = [w for w in float_weights(vlm, split, load_target("cpu")) if w.bytes_before]
     total = sum(w.elements for w in weights)
     return tuple(_part_report(str(role), [w for w in weights if w.part == role], total) for role in split.parts)
 
@@ -153,10 +169,11 @@ def _int4_bytes(weight: WeightPlan) -> int:
 
 
 def cache_report(vlm: VLM) -> CacheReport:
-    """KV-cache size: ``2 * layers * KV heads * head dim * 2`` bytes per token."""
+    """KV-cache size: ``2 * layers * KV heads * head dim`` values per token, of two bytes and of one."""
     kv = vlm.facts.kv
-    per_token = kv.bytes_per_token()
-    return CacheReport(kv.layers, kv.heads, kv.head_dim, per_token, {str(n): n * per_token for n in CONTEXTS})
+    half, int8 = (kv.bytes_per_token(width) for width in (2, 1))
+    half_at, int8_at = ({str(n): n * size for n in CONTEXTS} for size in (half, int8))
+    return CacheReport(kv.layers, kv.heads, kv.head_dim, half, half_at, int8, int8_at)
 
 
 def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:
@@ -193,13 +210,49 @@ def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> Ta
     return TargetReport(name, True, f"{target.description}; {megabytes:.1f} MB of weights with the default options")
 
 
-def suggest_recipe(model: str, parameters: int) -> Recipe:
+def _kept_recipe(vlm: VLM, kept: QuantizedCheckpoint, split: Split | None, targets: Sequence[TargetReport]) -> Recipe:
+    """What to do with a quantized checkpoint, described by the format that most of its weights have."""
+    most: CodeFormat = Counter(
+        dataclasses.replace(f, in_features=0, stored=0) for f in kept.formats.values()
+    ).most_common(1)[0][0]
+    reason = f"the codes of the {kept.method} checkpoint are kept as they are; nothing is rounded again"
+    command = f"vlmexport onnx --model {vlm.source} --out OUT"
+    able = [target.name for target in targets if target.can_export]
+    if able and OnnxOptions.target not in able:
+        command += f" --target {able[0]}"
+    if split is not None and not able:
+        command, reason = _without_target(vlm, split)
+    return Recipe(most.bits, most.group_size, most.symmetric, command, reason)
+
+
+def _without_target(vlm: VLM, split: Split) -> tuple[str, str]:
+    """Command and reason for codes that no target takes."""
+    floats = "an ONNX export needs the original weights, or --quant none for floats"
+    for name in FORMATS:
+        try:
+            plan_checkpoint(vlm, split, CheckpointOptions(name, make_scheme(FORMATS[name].default_quant)))
+        except BadInputError:
+            continue
+        command = f"vlmexport quantize --model {vlm.source} --out OUT --format {name}"
+        return command, f"no target takes these codes, a {name} checkpoint holds them as they are; {floats}"
+    return f"vlmexport onnx --model {vlm.source} --out OUT --quant none", f"no target takes these codes: {floats}"
+
+
+def _first_command(split: Split | None, targets: Sequence[TargetReport]) -> str:
+    """``quantize`` for a model that a checkpoint may hold and no target takes, else ``onnx``."""
+    return "onnx" if split is None or any(target.can_export for target in targets) else "quantize"
+
+
+def suggest_recipe(model: str, parameters: int, command_name: str = "onnx") -> Recipe:
     """A first choice by model size: small models lose more from 4 bits, so they get 8 bits first."""
     if parameters < SMALL_MODEL:
-        scheme = QuantScheme(bits=8, group_size=32)
+        scheme = make_scheme(bits=8)
         reason = "below 3 B parameters 8 bits are the safe first choice; then try 4 bits and read what the gate says"
     else:
-        scheme = QuantScheme(bits=4, group_size=32)
+        scheme = make_scheme(bits=4)
         reason = "from 3 B parameters on 4 bits in groups of 32 are the first choice; the gate says what they cost"
-    command = f"vlmexport onnx --model {model} --out OUT --bits {scheme.bits} --group-size {scheme.group_size}"
-    return Recipe(scheme.bits, scheme.group_size, scheme.symmetric, command, reason)
+    command = (
+        f"vlmexport {command_name} --model {model} --out OUT --bits {scheme.bits} --group-size {scheme.group_size}"
+    )
+    advice = quantization_advice(parameters, [make_scheme(bits=4)])
+    return Recipe(scheme.bits, scheme.group_size, scheme.symmetric, command, reason, advice)

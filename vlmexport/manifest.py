@@ -16,6 +16,10 @@ from typing import Any
 from vlmexport.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
+# The floats that calibration changed (norms and biases into which scales were folded), for the gate's reference.
+FOLDED_NAME = "folded.safetensors"
+# The prompt graph of ``--prefill int8``: a part like the others, with matrices of its own.
+PREFILL_PART = "decoder_prefill"
 MANIFEST_FORMAT = "vlmexport"
 MANIFEST_VERSION = 1
 
@@ -81,7 +85,10 @@ class QuantizedMember:
 
 @dataclass(frozen=True)
 class QuantizedRecord:
-    """One quantized matrix of a graph: ``<initializer>.codes``, ``.scale`` and, when asymmetric, ``.zero_point``."""
+    """One quantized matrix of a graph: ``<initializer>.codes``, ``.scale`` and, when asymmetric, ``.zero_point``.
+
+    `codebook` names levels that are not evenly spaced (``nf4``), or is empty: codes are integers.
+    """
 
     part: str
     initializer: str
@@ -90,6 +97,7 @@ class QuantizedRecord:
     symmetric: bool
     in_features: int
     members: tuple[QuantizedMember, ...]
+    codebook: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class Manifest:
     unquantized: tuple[KeptTensor, ...]
     files: dict[str, FileRecord] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The manifest as stable, indented JSON (no time stamps: the same inputs give the same bytes)."""
@@ -134,7 +143,7 @@ class Manifest:
                 "upgrade vlmexport"
             )
         known = {f.name for f in dataclasses.fields(Manifest)}
-        missing = sorted(known - data.keys())
+        missing = sorted(known - data.keys() - {"calibration"})  # exports of the first release lack it
         unknown = sorted(data.keys() - known - {"format", "version"})
         if missing or unknown:
             raise ArtifactError(f"{MANIFEST_NAME} is damaged: missing keys {missing}, unknown keys {unknown}")
@@ -150,6 +159,7 @@ class Manifest:
             unquantized=tuple(KeptTensor(**k) for k in data["unquantized"]),
             files={name: FileRecord(**f) for name, f in data["files"].items()},
             results=data["results"],
+            calibration=data.get("calibration"),
         )
 
 

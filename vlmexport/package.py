@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,46 +16,72 @@ from vlmexport.plan import ExportPlan
 from vlmexport.target import Target
 
 if TYPE_CHECKING:
+    from vlmexport.model.importers.packed import QuantizedCheckpoint
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
 
 # What a runtime or processor reads beside the weights: configs, tokenizer, processor and chat template.
 _COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "LICENSE*")
-_NOT_COPIED = ("model.safetensors.index.json", "manifest.json", "adapter_config.json")
+_NOT_COPIED = (
+    "model.safetensors.index.json", "manifest.json", "adapter_config.json",
+    "quantize_config.json", "quant_config.json", "vlmexport_quantization.json",
+    "quantization_plan.json",
+)  # fmt: skip
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
 
-def package(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Emitted, folder: Path) -> Artifact:
-    """Complete `folder` (which holds the graphs) and write its manifest."""
-    _copy_model_files(vlm.path, folder)
+def package(
+    vlm: VLM,
+    split: Split,
+    plan: ExportPlan,
+    target: Target,
+    emitted: Emitted,
+    folder: Path,
+    calibration: dict[str, Any] | None = None,
+) -> Artifact:
+    """Complete `folder` (which holds the graphs) and write its manifest; `calibration` is what it says of that."""
+    copy_model_files(vlm.path, folder)
     manifest = Manifest(
         layout=plan.options.layout,
         target=plan.options.target,
-        created_by=_versions(),
-        source=_source(vlm),
-        model=_model(vlm, split, plan, target),
+        created_by=tool_versions(),
+        source=source_facts(vlm),
+        model=_model(vlm, split, plan, target, emitted),
         plan=plan.to_dict(),
         parts=emitted.parts,
         quantized=emitted.quantized,
         unquantized=emitted.unquantized,
         results={"verify": None, "bench": None},
+        calibration=calibration,
     )
     (folder / "README.md").write_text(model_card(manifest, vlm.path), encoding="utf-8")
     return write_manifest(folder, manifest)
 
 
-def _copy_model_files(source: Path, folder: Path) -> None:
+def copy_model_files(source: Path, folder: Path) -> None:
+    """Copy configs, processor, tokenizer, chat template and licence."""
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in _NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
+    _drop_quantization_config(folder / "config.json")
 
 
-def _versions() -> dict[str, str]:
+def _drop_quantization_config(config: Path) -> None:
+    """Of a checkpoint that came quantized: loaders of the export must not look for packed weights."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    parts = [part for part in (data, data.get("text_config")) if isinstance(part, dict)]
+    if [part for part in parts if part.pop("quantization_config", None)]:  # every part, not the first one only
+        config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of vlmexport and of what it works with."""
     return {"vlmexport": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
 
 
-def _source(vlm: VLM) -> dict[str, Any]:
+def source_facts(vlm: VLM) -> dict[str, Any]:
+    """What was exported, with the digests of its files."""
     files = sorted([*vlm.path.glob("*.safetensors"), vlm.path / "config.json"])
     return {
         "model": vlm.source,
@@ -62,18 +89,31 @@ def _source(vlm: VLM) -> dict[str, Any]:
         "model_type": vlm.facts.model_type,
         "dtype": vlm.facts.dtype,
         "files": {file.name: file_sha256(file) for file in files},
+        **({} if vlm.quantized is None else {"quantization": _quantization(vlm.quantized)}),
     }
 
 
-def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target) -> dict[str, Any]:
-    kv = vlm.facts.kv
+def _quantization(kept: QuantizedCheckpoint) -> dict[str, Any]:
+    """How the source came quantized, and what of its recipe the export does not carry on."""
+    return {"method": kept.method, "summary": kept.summary, "weights": len(kept.formats), "notes": list(kept.notes)}
+
+
+def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Emitted) -> dict[str, Any]:
+    kv, cache_digest = vlm.facts.kv, emitted.cache_digest
     dtype = {"fp16": "float16", "fp32": "float32"}[plan.decoder_dtype]
     return {
         "architecture": vlm.facts.architecture,
         "model_type": vlm.facts.model_type,
         "hidden_size": vlm.facts.hidden_size,
         "vocab_size": vlm.facts.vocab_size,
-        "kv": {"layers": kv.layers, "heads": kv.heads, "head_dim": kv.head_dim, "dtype": dtype},
+        "kv": {
+            "layers": kv.layers,
+            "heads": kv.heads,
+            "head_dim": kv.head_dim,
+            "dtype": "int8" if cache_digest else dtype,
+            "bytes_per_token": plan.kv_bytes_per_token,
+            **({"granularity": "per_channel", "scales_digest": cache_digest} if cache_digest else {}),
+        },
         "merge": split.merge.to_dict(),
         "replay_difference": split.replay_difference,
         "attention": plan.options.attention,
@@ -81,4 +121,5 @@ def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target) -> dict[str
         "eos_token_ids": list(vlm.facts.eos_token_ids),
         "decoder_dtype": dtype,
         "accuracy_level": target.onnx.accuracy_level,
+        **({"prefill": emitted.prefill} if emitted.prefill else {}),
     }

@@ -1,25 +1,26 @@
 """The pipeline: load, split, plan, lower, package, verify. Each stage takes typed inputs; this file is the list.
 
-An export is built in a temporary folder beside its destination and renamed when it is finished, so a failure, a full
-disk or Ctrl-C leaves nothing half written and an older export intact.
+An export is built in a folder beside its destination and renamed when it is finished (`vlmexport.workspace`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlmexport.errors import BadInputError, NotPossibleHereError
-from vlmexport.manifest import MANIFEST_NAME, Artifact, write_manifest
+from vlmexport.calibrate.auto import settle_bits
+from vlmexport.calibrate.kv_cache import with_cache_peaks
+from vlmexport.calibrate.recipe import CalibrationOptions
+from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
+from vlmexport.plan_file import PLAN_NAME, QuantPlan
 from vlmexport.progress import Progress
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.target import Target, load_target
+from vlmexport.workspace import build_beside, calibration_folder, check_destination, move_into_place
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 class ExportResult:
     """A finished export and, when the gate ran, what it said.
 
-    ``artifact.path`` is the folder asked for, or ``<folder>.failed`` when the gate turned red.
+    ``artifact.path`` is the folder asked for, or ``<folder>.failed`` when the gate turned red. `quant_plan` is the
+    choice of bits that was made or given; the export holds it as ``quantization_plan.json``.
     """
 
     artifact: Artifact
     report: ParityReport | None
+    quant_plan: QuantPlan | None = None
 
 
 def export_onnx(
@@ -43,6 +46,7 @@ def export_onnx(
     out: Path,
     options: OnnxOptions,
     *,
+    calibration: CalibrationOptions | None = None,
     force: bool,
     verify: bool,
     progress: Progress,
@@ -53,15 +57,25 @@ def export_onnx(
     Raises `BadInputError` for input that cannot be exported (nothing is written), `NotPossibleHereError` when the disk
     is full or read-only. A red gate is not raised: it is in the result, and the export is in ``<out>.failed``.
     """
+    check_destination(out, force)
     failed = out.with_name(out.name + ".failed")
-    _check_destination(out, force)
-    _check_destination(failed, True)  # an earlier failed export may be replaced, a folder of the user's may not
+    check_destination(failed, True)  # an earlier failed export may be replaced, a folder of the user's may not
     target = load_target(options.target)
     check_options(options, target)
-    vlm, split = _load_and_split(model, trust_remote_code, progress)
-    plan = plan_export(vlm, split, target, options)
-    with _workspace(out) as workspace:
-        artifact = _lower_and_package(vlm, split, plan, target, workspace, progress)
+    vlm, split = load_and_split(model, trust_remote_code, progress)
+    chosen = calibration or CalibrationOptions()
+    if options.choice is None:
+        plan_export(vlm, split, target, options)  # refuses before finished layers are at stake
+    with build_beside(out) as workspace, calibration_folder(out) as work:
+        options, quant_plan = settle_bits(vlm, split, target, options, chosen, work, progress)
+        plan = plan_export(vlm, split, target, options)
+        if quant_plan is not None:
+            quant_plan.write(workspace / PLAN_NAME)
+        weights, calibrated = decoder_weights(vlm, split, plan.schemes, chosen, work, progress)
+        if options.kv_cache == "int8":
+            weights, calibrated = with_cache_peaks(weights, calibrated, vlm, chosen, progress)
+        artifact = _lower_and_package(vlm, split, plan, target, weights, calibrated, workspace, progress)
+        del weights
         del vlm, split  # the gate loads its own reference: two models in memory would be one too many
         report = None
         if verify:
@@ -70,11 +84,12 @@ def export_onnx(
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         red = report is not None and report.status == "failed"
         destination = failed if red else out
-        _move_into_place(workspace, destination)
-    return ExportResult(Artifact(destination, artifact.manifest), report)
+        move_into_place(workspace, destination)
+    return ExportResult(Artifact(destination, artifact.manifest), report, quant_plan)
 
 
-def _load_and_split(model: str, trust_remote_code: bool, progress: Progress) -> tuple[VLM, Split]:
+def load_and_split(model: str, trust_remote_code: bool, progress: Progress) -> tuple[VLM, Split]:
+    """The first two stages."""
     from vlmexport.model.load import load_vlm
     from vlmexport.split.capture import split_model
 
@@ -85,14 +100,21 @@ def _load_and_split(model: str, trust_remote_code: bool, progress: Progress) -> 
 
 
 def _lower_and_package(
-    vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder: Path, progress: Progress
+    vlm: VLM,
+    split: Split,
+    plan: ExportPlan,
+    target: Target,
+    weights: DecoderWeights,
+    calibration: dict[str, Any] | None,
+    folder: Path,
+    progress: Progress,
 ) -> Artifact:
     from vlmexport.lower import emitter
     from vlmexport.package import package
 
-    emitted = emitter("onnx", plan.options.layout)(vlm, split, plan, target, folder, progress)
+    emitted = emitter("onnx", plan.options.layout)(vlm, split, plan, target, weights, folder, progress)
     with progress.stage("package"):
-        return package(vlm, split, plan, target, emitted, folder)
+        return package(vlm, split, plan, target, emitted, folder, calibration)
 
 
 def _verify(artifact: Artifact, model: str, trust_remote_code: bool, progress: Progress) -> ParityReport:
@@ -101,50 +123,3 @@ def _verify(artifact: Artifact, model: str, trust_remote_code: bool, progress: P
     return verify_artifact(
         artifact.path, model=model, samples=None, progress=progress, trust_remote_code=trust_remote_code
     )
-
-
-def _check_destination(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise BadInputError(f"{out} is a file; give a folder that does not exist yet")
-    if not any(out.iterdir()):
-        return
-    if not (out / MANIFEST_NAME).is_file():
-        raise BadInputError(f"{out} is not empty and not a vlmexport export; choose another folder with --out")
-    if not force:
-        raise BadInputError(f"--out {out} already holds an export; use --force to replace it, or choose another folder")
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, gone afterwards unless it was moved into place."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise NotPossibleHereError(f"cannot write beside {out}: {error.strerror}") from error
-    folder.chmod(0o755)
-    try:
-        yield folder
-    except OSError as error:
-        raise NotPossibleHereError(f"cannot write the export to {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_into_place(workspace: Path, destination: Path) -> None:
-    """Rename `workspace` to `destination`; an older export there is removed only after the new one stands."""
-    old = None
-    if destination.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
-        destination.rename(old / destination.name)
-    try:
-        workspace.rename(destination)
-    except OSError:
-        if old is not None:
-            (old / destination.name).rename(destination)
-        raise
-    finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)

@@ -12,17 +12,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.quantize.scheme import MAX_GROUP, MIN_GROUP, QuantScheme
+from vlmexport.kept_codes import check_kept, kept_scheme
+from vlmexport.prefill import check_prefill, prompt_bytes, prompt_schemes
+from vlmexport.quantize.advice import quantization_advice
+from vlmexport.quantize.blocks import block_size
+from vlmexport.quantize.registry import algorithm, check_installed
+from vlmexport.quantize.scheme import PER_CHANNEL, QuantScheme, make_scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from vlmexport.model.importers.packed import QuantizedCheckpoint
     from vlmexport.model.load import VLM
+    from vlmexport.plan_file import AutoLimit, QuantPlan
     from vlmexport.split.parts import Split
     from vlmexport.target import Target
 
 Action = Literal["quantize", "keep", "drop"]
 Dtype = Literal["fp16", "fp32"]
+KVCache = Literal["same", "int8"]
+Prefill = Literal["same", "int8"]
 NUMPY_DTYPES = {"fp16": "float16", "fp32": "float32"}
 _BYTES = {"float16": 2, "float32": 4}
 
@@ -32,17 +41,24 @@ class OnnxOptions:
     """The choices of ``vlmexport onnx``; None means the target's default.
 
     `scheme` None keeps the decoder's weights at `decoder_dtype` (``--quant none``). `keep` are `fnmatch` patterns of
-    weight names that stay unquantized.
+    weight names that stay unquantized. `scheme_named` says that the user asked for `scheme`: it is no default then that
+    gives way to the codes of a quantized checkpoint. `kv_cache` "same" stores the cache at `decoder_dtype`; `prefill`
+    "same" runs prompts through the graph that decodes. `choice` is what ``--quant auto`` has to meet (starting from
+    `scheme`) or a plan file; it must be settled (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
     """
 
     target: str = "cpu"
     layout: str = "split"
-    scheme: QuantScheme | None = field(default_factory=QuantScheme)
+    scheme: QuantScheme | None = field(default_factory=make_scheme)
     encoder_dtype: Dtype | None = None
     decoder_dtype: Dtype | None = None
     lm_head: Literal["quantized", "fp16"] = "quantized"
     attention: Literal["gqa", "standard"] = "gqa"
+    kv_cache: KVCache = "same"
+    prefill: Prefill = "same"
     keep: tuple[str, ...] = ()
+    scheme_named: bool = False
+    choice: AutoLimit | QuantPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class WeightGroup:
     def pattern(self) -> str:
         """Their common name, with ``*`` for the layer number; the name itself when there is only one."""
         name = self.weights[0].name
-        return _layer_pattern(name) if len(self.weights) > 1 else name
+        return layer_pattern(name) if len(self.weights) > 1 else name
 
     @property
     def bytes_before(self) -> int:
@@ -95,13 +111,18 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Family x options x target, resolved per weight."""
+    """Family x options x target, resolved per weight; `kv_bytes_per_token` are the cache's, for one sequence.
+
+    `prefill_bytes` are those of the prompt graph's own matrices, on top of `bytes_after`; 0 without one.
+    """
 
     architecture: str
     options: OnnxOptions
     encoder_dtype: Dtype
     decoder_dtype: Dtype
     weights: tuple[WeightPlan, ...]
+    kv_bytes_per_token: int = 0
+    prefill_bytes: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -118,6 +139,16 @@ class ExportPlan:
         """The weights by name."""
         return {w.name: w for w in self.weights}
 
+    @property
+    def schemes(self) -> dict[str, QuantScheme]:
+        """The schemes of the weights to be quantized, by name."""
+        return {w.name: w.scheme for w in self.weights if w.scheme is not None}
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to know of the chosen bits before they are spent."""
+        return quantization_advice(sum(w.elements for w in self.weights if w.bytes_before), self.schemes.values())
+
     def weight(self, name: str) -> WeightPlan:
         """The plan of one weight; KeyError when the plan does not know it (every weight must be planned)."""
         return self.by_name[name]
@@ -126,43 +157,60 @@ class ExportPlan:
         """The weights with repeated layers collapsed, in the order of first appearance."""
         found: dict[tuple[object, ...], list[WeightPlan]] = {}
         for w in self.weights:
-            key = (_layer_pattern(w.name), w.part, w.shape, w.action, w.dtype, w.reason, str(w.scheme))
+            key = (layer_pattern(w.name), w.part, w.shape, w.action, w.dtype, w.reason, str(w.scheme))
             found.setdefault(key, []).append(w)
         return tuple(WeightGroup(tuple(weights)) for weights in found.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
-        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        totals: dict[str, Any] = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        totals["advice"] = self.advice
         return {**dataclasses.asdict(self), **totals}
 
 
-def _layer_pattern(name: str) -> str:
+def layer_pattern(name: str) -> str:
+    """A weight's name with ``*`` for the layer number."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def check_options(options: OnnxOptions, target: Target) -> None:
     """Refuse what `target` cannot take, before a model is loaded.
 
-    Raises `BadInputError` with the target's own reason.
+    Raises `BadInputError` with the target's own reason, `NotPossibleHereError` for a method whose package is missing.
     """
     if options.layout not in target.layouts:
         raise BadInputError(
             f"target {target.name} has no layout {options.layout!r}; it has {', '.join(target.layouts)}"
         )
+    _check_kv_cache(options, target)
+    check_prefill(options, target)
     if options.scheme is not None:
         for scheme in (options.scheme, *options.scheme.overrides.values()):
             _check_scheme(scheme, target)
 
 
+def _check_kv_cache(options: OnnxOptions, target: Target) -> None:
+    if options.kv_cache not in target.onnx.kv_cache:
+        choices = ", ".join(target.onnx.kv_cache)
+        raise BadInputError(
+            f"target {target.name} has no {options.kv_cache} KV cache that was proven on its runtime; "
+            f"choose --kv-cache {choices}"
+        )
+    if options.kv_cache != "same" and options.attention != "gqa":
+        raise BadInputError(
+            f"--kv-cache {options.kv_cache} needs --attention gqa: the standard operator has no quantized cache"
+        )
+
+
 def _check_scheme(scheme: QuantScheme, target: Target) -> None:
+    refusal = target.quantization.refused_algorithms.get(scheme.algorithm)
+    if refusal is not None:
+        raise BadInputError(f"target {target.name} refuses {scheme.algorithm}: {refusal}")
+    check_installed(algorithm(scheme.algorithm))
     if scheme.bits not in target.quantization.bits:
         reason = target.quantization.refused.get(str(scheme.bits), "its runtime has no kernel for them")
         taken = ", ".join(map(str, target.quantization.bits))
         raise BadInputError(f"target {target.name} refuses {scheme.bits}-bit weights: {reason}; choose {taken}")
-    if scheme.group_size == -1:
-        raise BadInputError(
-            f"target {target.name} takes groups of {MIN_GROUP} to {MAX_GROUP} input features, not one group per row"
-        )
 
 
 def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) -> ExportPlan:
@@ -171,18 +219,52 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     Every parameter appears exactly once; an LM head tied to the embedding appears as a copy of its own. Raises
     `BadInputError` when the target refuses the options, when a group size does not divide a weight's input features
     (naming the first one) or when a ``keep`` pattern matches nothing, and `UnsupportedModelError` when a parameter
-    belongs to no part.
+    belongs to no part or the decoder has packed experts.
     """
     check_options(options, target)
+    check_kept(vlm.quantized, options.scheme, named=options.scheme_named)
+    _check_no_experts(vlm, split)
     planner = _Planner(vlm, target, options)
-    owners = _owners(vlm, split)
-    _check_keep_patterns(options.keep, [o.name for o in owners])
+    owners = owned_parameters(vlm, split)
+    check_keep_patterns(options.keep, [o.name for o in owners])
     weights = tuple(planner.plan(o) for o in owners)
-    return ExportPlan(vlm.facts.architecture, options, planner.encoder_dtype, planner.decoder_dtype, weights)
+    per_value = 1 if options.kv_cache == "int8" else _BYTES[NUMPY_DTYPES[planner.decoder_dtype]]
+    plan = ExportPlan(
+        vlm.facts.architecture,
+        options,
+        planner.encoder_dtype,
+        planner.decoder_dtype,
+        weights,
+        vlm.facts.kv.bytes_per_token(per_value),
+    )
+    if options.prefill == "same":
+        return plan
+    schemes = prompt_schemes(weights, head_weight_name(vlm))
+    return dataclasses.replace(plan, prefill_bytes=prompt_bytes(plan.by_name, schemes))
+
+
+def float_weights(vlm: VLM, split: Split, target: Target) -> tuple[WeightPlan, ...]:
+    """Every weight as an unquantized export to `target` would store it, whether or not there is one of this model."""
+    planner = _Planner(vlm, target, OnnxOptions(scheme=None))
+    return tuple(planner.plan(owned) for owned in owned_parameters(vlm, split))
+
+
+def _check_no_experts(vlm: VLM, split: Split) -> None:
+    """Refuse a decoder with packed experts: which of them run depends on the data, and no graph is made of that yet."""
+    from vlmexport.split.experts import packed_parameters
+    from vlmexport.split.parts import Role
+
+    experts = packed_parameters(vlm.model, split.parts[Role.DECODER].module)
+    if experts:
+        name, tensor = next(iter(experts.items()))
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: mixture-of-experts layers have no ONNX form yet ({name} holds {tensor.shape[0]} "
+            "experts); `vlmexport quantize` writes a checkpoint of them"
+        )
 
 
 @dataclass(frozen=True)
-class _Owned:
+class OwnedParameter:
     """One parameter and the part it goes to; `used` is False when no graph needs it."""
 
     name: str
@@ -191,7 +273,7 @@ class _Owned:
     used: bool = True
 
 
-def _owners(vlm: VLM, split: Split) -> list[_Owned]:
+def owned_parameters(vlm: VLM, split: Split) -> list[OwnedParameter]:
     """Every parameter in the order of the parts; the embedding claims its table before the decoder around it."""
     from vlmexport.split.names import weight_names
     from vlmexport.split.parts import Role
@@ -206,10 +288,10 @@ def _owners(vlm: VLM, split: Split) -> list[_Owned]:
         (Role.EMBEDDING, weight_names(vlm.model, split.parts[Role.EMBEDDING].module), True),
         (Role.DECODER, weight_names(vlm.model, split.parts[Role.DECODER].module), True),
     ]
-    owned: dict[str, _Owned] = {}
+    owned: dict[str, OwnedParameter] = {}
     for role, names, used in claims:
         for name in names:
-            owned.setdefault(name, _Owned(name, str(role), everything[name], used))
+            owned.setdefault(name, OwnedParameter(name, str(role), everything[name], used))
     identities = {id(o.tensor) for o in owned.values()}
     lost = [name for name, parameter in everything.items() if id(parameter) not in identities]
     if lost:
@@ -220,13 +302,15 @@ def _owners(vlm: VLM, split: Split) -> list[_Owned]:
     return list(owned.values())
 
 
-def _check_keep_patterns(patterns: Iterable[str], names: list[str]) -> None:
+def check_keep_patterns(patterns: Iterable[str], names: list[str]) -> None:
+    """Raise `BadInputError` for a ``--keep`` pattern that matches none of the weights `names`."""
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches_pattern(name, pattern) for name in names):
             raise BadInputError(f"--keep {pattern!r} matches no weight; `vlmexport plan onnx` lists their names")
 
 
-def _matches(weight: str, pattern: str) -> bool:
+def matches_pattern(weight: str, pattern: str) -> bool:
+    """Does a ``--keep`` pattern (`fnmatch`) mean the weight, by its name or its module's?"""
     return fnmatchcase(weight, pattern) or fnmatchcase(weight.removesuffix(".weight"), pattern)
 
 
@@ -237,11 +321,14 @@ class _Planner:
         self.options = options
         self.encoder_dtype: Dtype = options.encoder_dtype or target.onnx.encoder_storage
         self.decoder_dtype: Dtype = options.decoder_dtype or target.onnx.decoder_dtype
-        self._linear = _linear_weights(vlm)
-        self._head = _head_weight_name(vlm)
+        self._linear = linear_weights(vlm)
+        self._head = head_weight_name(vlm)
         self._tied = vlm.facts.tied_embeddings
+        self._target = target
+        self._kept = vlm.quantized
+        self._float_bytes = {"float32": 4}.get(vlm.facts.dtype, 2)
 
-    def plan(self, owned: _Owned) -> WeightPlan:
+    def plan(self, owned: OwnedParameter) -> WeightPlan:
         """The fate of one weight."""
         name, role, tensor = owned.name, owned.role, owned.tensor
         if not owned.used:
@@ -249,17 +336,20 @@ class _Planner:
         if role == "embed_tokens":
             return self._keep(name, role, tensor, "float16", "the embedding table is looked up, not multiplied")
         if role != "decoder":
-            reason = "the vision side is never quantized unless asked"
+            reason = self._vision_reason(name)
             return self._keep(name, role, tensor, NUMPY_DTYPES[self.encoder_dtype], reason)
         scheme, reason = self._decoder_scheme(name, tensor)
         if scheme is None:
             wide_head = name == self._head and self.options.lm_head == "fp16"
             dtype = "float16" if wide_head else NUMPY_DTYPES[self.decoder_dtype]
             return self._keep(name, role, tensor, dtype, reason)
-        _check_group_size(name, tensor.shape[-1], scheme.group_size)
-        after = _quantized_bytes(tuple(tensor.shape), scheme, _BYTES[NUMPY_DTYPES[self.decoder_dtype]])
         shape, before = tuple(tensor.shape), self._bytes_before(name, tensor)
-        return WeightPlan(name, role, shape, "quantize", f"int{scheme.bits}", reason, scheme, before, after)
+        check_group_size(name, shape[-1], scheme)
+        method, blocks = algorithm(scheme.algorithm), shape[-1] // block_size(shape[-1], scheme.group_size)
+        scale_bytes = 4 if method.wide_scales else _BYTES[NUMPY_DTYPES[self.decoder_dtype]]
+        after = quantized_bytes(shape, scheme, scale_bytes, blocks)
+        dtype = method.stored_dtype(scheme.bits)
+        return WeightPlan(name, role, shape, "quantize", dtype, reason, scheme, before, after)
 
     def _decoder_scheme(self, name: str, tensor: torch.Tensor) -> tuple[QuantScheme | None, str]:
         if tensor.ndim < 2:
@@ -270,62 +360,89 @@ class _Planner:
             return None, "--lm-head fp16"
         if self.options.scheme is None:
             return None, "--quant none"
-        pattern = next((p for p in self.options.keep if _matches(name, p)), None)
+        pattern = next((p for p in self.options.keep if matches_pattern(name, p)), None)
         if pattern is not None:
             return None, f"--keep {pattern}"
+        if self._kept is not None:
+            return self._kept_scheme(self._kept, name)
         reason = (
             "LM head" + (", a copy of the tied embedding" if self._tied else "")
             if name == self._head
             else "decoder linear"
         )
-        return _scheme_of(name, self.options.scheme), reason
+        return self.options.scheme.for_weight(name), reason
+
+    def _kept_scheme(self, kept: QuantizedCheckpoint, name: str) -> tuple[QuantScheme | None, str]:
+        if name not in kept.formats:
+            return None, f"unquantized in the {kept.method} checkpoint"
+        scheme = kept_scheme(name, kept.formats[name], self.decoder_dtype)
+        try:
+            _check_scheme(scheme, self._target)
+        except BadInputError as error:
+            raise BadInputError(
+                f"the codes of the {kept.method} checkpoint cannot be kept: {error}, which needs the original weights; "
+                "or --quant none for floats"
+            ) from error
+        return scheme, f"codes kept from the {kept.method} checkpoint"
+
+    def _vision_reason(self, name: str) -> str:
+        if self._kept is not None and name in self._kept.formats:
+            return "codes of the vision side are dequantized: it is never quantized unless asked"
+        return "the vision side is never quantized unless asked"
 
     def _keep(self, name: str, role: str, tensor: torch.Tensor, dtype: str, reason: str) -> WeightPlan:
         after = tensor.numel() * _BYTES[dtype]
         before = self._bytes_before(name, tensor)
         return WeightPlan(name, role, tuple(tensor.shape), "keep", dtype, reason, None, before, after)
 
-    def _drop(self, owned: _Owned) -> WeightPlan:
+    def _drop(self, owned: OwnedParameter) -> WeightPlan:
         shape, before = tuple(owned.tensor.shape), self._bytes_before(owned.name, owned.tensor)
         dtype = str(owned.tensor.dtype).removeprefix("torch.")
         reason = "no image feature depends on it"
         return WeightPlan(owned.name, owned.role, shape, "drop", dtype, reason, None, before, 0)
 
     def _bytes_before(self, name: str, tensor: torch.Tensor) -> int:
-        return 0 if name == self._head and self._tied else tensor.numel() * tensor.element_size()
+        if name == self._head and self._tied:
+            return 0
+        if self._kept is None:
+            return tensor.numel() * tensor.element_size()
+        found = self._kept.formats.get(name)  # the model is in float32, the checkpoint is not
+        return tensor.numel() * self._float_bytes if found is None else found.stored
 
 
-def _linear_weights(vlm: VLM) -> frozenset[str]:
+def linear_weights(vlm: VLM) -> frozenset[str]:
+    """Names of the weights of all linear layers of the model."""
     from torch import nn
 
     return frozenset(f"{n}.weight" for n, m in vlm.model.named_modules() if isinstance(m, nn.Linear))
 
 
-def _head_weight_name(vlm: VLM) -> str:
+def head_weight_name(vlm: VLM) -> str:
+    """Name of the LM head's weight, under the head's own module also when it is tied."""
     from vlmexport.split.names import module_path
 
     head: Any = vlm.model.get_output_embeddings()
     return module_path(vlm.model, head) + ".weight"
 
 
-def _scheme_of(name: str, scheme: QuantScheme) -> QuantScheme:
-    for pattern, override in scheme.overrides.items():
-        if _matches(name, pattern):
-            return override
-    return dataclasses.replace(scheme, overrides={})
-
-
-def _check_group_size(name: str, in_features: int, group_size: int) -> None:
-    if in_features % group_size == 0:
+def check_group_size(name: str, in_features: int, scheme: QuantScheme) -> None:
+    """Raise `BadInputError` when the group size does not divide the weight's input features, with the choices."""
+    group_size = scheme.group_size
+    if group_size == PER_CHANNEL or in_features % group_size == 0:
         return
-    sizes = [str(g) for g in (16, 32, 64, 128, 256) if in_features % g == 0]
+    taken = algorithm(scheme.algorithm).group_sizes or (16, 32, 64, 128, 256)
+    sizes = [str(g) for g in taken if in_features % g == 0]
     choice = f"choose --group-size {' or '.join(sizes)}" if sizes else f"keep it with --keep '{name}'"
     raise BadInputError(f"{name} has {in_features} input features, not a multiple of group size {group_size}; {choice}")
 
 
-def _quantized_bytes(shape: tuple[int, ...], scheme: QuantScheme, scale_bytes: int) -> int:
-    rows, columns = shape
-    groups = columns // scheme.group_size
+def quantized_bytes(shape: tuple[int, ...], scheme: QuantScheme, scale_bytes: int, blocks: int | None = None) -> int:
+    """Bytes of codes, scales and zero points of a weight ``[N, K]``, or of experts ``[E, N, K]``.
+
+    `blocks` is the number of scales per row where the format repeats them (None: the scheme's groups).
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    groups = blocks or (1 if scheme.group_size == PER_CHANNEL else columns // scheme.group_size)
     codes = rows * columns * scheme.bits // 8
     zero_points = 0 if scheme.symmetric else rows * math.ceil(groups * scheme.bits / 8)
     return codes + rows * groups * scale_bytes + zero_points

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from vlmexport.errors import BadInputError
+from vlmexport.quantize.registry import ALGORITHMS
 
 TARGET_VERSION = 1
 Dtype = Literal["fp16", "fp32"]
@@ -16,21 +17,28 @@ Dtype = Literal["fp16", "fp32"]
 
 @dataclass(frozen=True)
 class OnnxSettings:
-    """How graphs are written for this target: opset, precision of the decoder and the encoder, MatMulNBits level."""
+    """How graphs are written for this target: opset, precision of the decoder and the encoder, MatMulNBits level.
+
+    `kv_cache`: what ``--kv-cache`` may be; ``int8`` only where the runtime's quantized cache was proven. `prefill`:
+    what ``--prefill`` may be; ``int8`` for CPUs.
+    """
 
     opset: int
     accuracy_level: int
     decoder_dtype: Dtype
     encoder_storage: Dtype
     encoder_arithmetic: Dtype
+    kv_cache: tuple[str, ...]
+    prefill: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """Bit widths the runtime takes, and the reason for each that it refuses."""
+    """Bit widths the runtime takes; the reason for each that it refuses, and for each algorithm (by its name)."""
 
     bits: tuple[int, ...]
     refused: dict[str, str]
+    refused_algorithms: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ def parse_target(data: dict[str, Any], origin: str) -> Target:
         raise BadInputError(f"target {origin}: version must be {TARGET_VERSION}")
     for key, kind in (("onnx", OnnxSettings), ("quantization", QuantizationSettings), ("parity", ParityLimits)):
         data[key] = _build(kind, data.get(key, {}), f"{origin}.{key}")
+    _check_refusals(data["quantization"], origin)
     target: Target = _build(Target, data, origin)
     return target
 
@@ -99,6 +108,16 @@ def _build(kind: type[Any], data: dict[str, Any], origin: str) -> Any:
     if missing or unknown:
         raise BadInputError(f"target {origin}: missing keys {missing}, unknown keys {unknown}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def _check_refusals(settings: QuantizationSettings, origin: str) -> None:
+    for table in (settings.refused, settings.refused_algorithms):
+        silent = sorted(name for name, reason in table.items() if not isinstance(reason, str) or not reason)
+        if silent:
+            raise BadInputError(f"target {origin}.quantization: {', '.join(silent)} is refused without a reason")
+    unknown = sorted(settings.refused_algorithms.keys() - ALGORITHMS.keys())
+    if unknown:
+        raise BadInputError(f"target {origin}.quantization.refused_algorithms: {', '.join(unknown)} is no algorithm")
 
 
 def _folder() -> Any:

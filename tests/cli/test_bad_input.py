@@ -201,6 +201,7 @@ def test_a_picture_that_is_none(kind: str, export: Path, tmp_path: Path, capsys:
 def export_process(model: Path, out: Path, *, before: str = "") -> subprocess.Popen[str]:
     code = f"{before}\nfrom vlmexport.cli.main import main\nmain()"
     command = [sys.executable, "-c", code, "onnx", "--model", str(model), "--out", str(out), "--no-verify", "--force"]
+    command += ["--quant", "rtn"]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

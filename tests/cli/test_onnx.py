@@ -75,12 +75,13 @@ def test_the_options_arrive(export_says: Any, capsys: Capture) -> None:
     assert run(["onnx", "--model", "m", "--out", "x", *arguments, *more, *flags, "-q"]) == 0
     assert seen["options"] == OnnxOptions(
         target="cuda",
-        scheme=QuantScheme(bits=8, symmetric=False, group_size=64),
+        scheme=QuantScheme(bits=8, symmetric=False, group_size=64, algorithm="awq+gptq"),
         encoder_dtype="fp32",
         decoder_dtype="fp16",
         lm_head="fp16",
         attention="standard",
         keep=("a.*", "b"),
+        scheme_named=True,
     )
     assert (seen["verify"], seen["force"], seen["trust_remote_code"]) == (False, True, True)
 
@@ -88,7 +89,7 @@ def test_the_options_arrive(export_says: Any, capsys: Capture) -> None:
 def test_the_defaults_are_those_of_the_contract(export_says: Any) -> None:
     seen = export_says(None)
     assert run(["onnx", "--model", "m", "--out", "x", "-q"]) == 0
-    assert seen["options"] == OnnxOptions(scheme=QuantScheme(4, True, 32, "rtn"))
+    assert seen["options"] == OnnxOptions(scheme=QuantScheme(4, True, 32, "awq+gptq"))
     assert (seen["verify"], seen["force"], seen["trust_remote_code"]) == (True, False, False)
 
 

@@ -128,9 +128,20 @@ def test_remote_code_needs_the_flag(copy: Path) -> None:
         load_vlm(str(copy))
 
 
-def test_a_quantized_checkpoint_is_refused(copy: Path) -> None:
-    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedModelError, match=r"already quantized .method gptq"):
+@pytest.mark.parametrize("place", ["quantization_config", "text_config"])
+def test_an_unknown_quantization_is_refused_with_the_known_ones(copy: Path, place: str) -> None:
+    quantization = {"quant_method": "aqlm", "bits": 2}
+    text = json.loads((copy / "config.json").read_text())["text_config"]
+    inside = quantization if place == "quantization_config" else {**text, "quantization_config": quantization}
+    edit_config(copy, **{place: inside})
+    known = "awq, bitsandbytes, compressed-tensors, gptq"
+    with pytest.raises(UnsupportedModelError, match=rf"already quantized .method aqlm.*{known} checkpoints"):
+        load_vlm(str(copy))
+
+
+def test_a_quantization_that_is_no_object_is_refused(copy: Path) -> None:
+    edit_config(copy, quantization_config="gptq")
+    with pytest.raises(UnsupportedModelError, match=r"already quantized .method unknown"):
         load_vlm(str(copy))
 
 

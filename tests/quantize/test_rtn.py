@@ -44,7 +44,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
 def test_chunks_do_not_change_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weight()
     whole = quantize_rtn(w, QuantScheme(symmetric=False))
-    monkeypatch.setattr("vlmexport.quantize.rtn._CHUNK_ELEMENTS", 256 * 5)
+    monkeypatch.setattr("vlmexport.quantize.grid._CHUNK_ELEMENTS", 256 * 5)
     assert quantize_rtn(w, QuantScheme(symmetric=False)).digest() == whole.digest()
 
 

@@ -22,9 +22,24 @@ def test_unknown_keys_and_versions_are_refused() -> None:
         ({"bits": 5}, "bits is 5; choose one of 2, 3, 4, 8"),
         ({"group_size": 48}, "group size is 48"),
         ({"group_size": 512}, "group size is 512"),
-        ({"algorithm": "magic"}, "algorithm is 'magic'"),
+        ({"algorithm": "magic"}, "method 'magic' is unknown; choose one of awq.gptq, awq,"),
     ],
 )
 def test_values_outside_the_choices_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         QuantScheme(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": "4"}, "bits is '4'; it must be of type int"),
+        ({"bits": 4.0}, "bits is 4.0; it must be of type int"),
+        ({"symmetric": "no"}, "symmetric is 'no'; it must be of type bool"),
+        ({"overrides": []}, "overrides is \\[\\]; it must be of type dict"),
+        ({"overrides": {"*": 8}}, "quantization scheme is 8; it must be an object"),
+    ],
+)
+def test_values_of_another_type_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        QuantScheme.from_dict({**QuantScheme().to_dict(), **change})

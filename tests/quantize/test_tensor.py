@@ -43,3 +43,32 @@ def test_different_schemes_do_not_stack() -> None:
         stack_rows([quantized(bits=4), quantized(bits=8)])
     with pytest.raises(BadInputError, match="cannot stack"):
         stack_rows([quantized(symmetric=True), quantized(symmetric=False)])
+
+
+def test_smaller_groups_are_the_same_weight() -> None:
+    q = quantized(group_size=64, symmetric=False)
+    small = q.regrouped(16)
+    assert small.group_size == 16
+    assert small.scale.shape == (6, 4)
+    assert torch.equal(small.dequantize(), q.dequantize())
+    with pytest.raises(BadInputError, match="groups of 64 cannot be cut into groups of 48"):
+        q.regrouped(48)
+
+
+def test_rows_are_a_part_of_the_weight() -> None:
+    for symmetric in (True, False):
+        q = quantized(symmetric=symmetric)
+        assert torch.equal(q.rows(2, 5).dequantize(), q.dequantize()[2:5])
+
+
+def test_a_codebook_gives_the_levels() -> None:
+    levels = torch.tensor([-1.0, -0.25, 0.0, 2.0])
+    codes = torch.tensor([[0, 3, 1, 2]], dtype=torch.uint8)
+    q = QuantizedTensor(codes, torch.tensor([[0.5, 2.0]]), None, bits=2, group_size=2, codebook=levels)
+    assert q.dequantize().tolist() == [[-0.5, 1.0, -0.5, 0.0]]
+    assert q.rows(0, 1).digest() == q.digest()
+    assert torch.equal(stack_rows([q, q]).dequantize(), q.dequantize().repeat(2, 1))
+    other = dataclasses.replace(q, codebook=levels + 1)
+    assert other.digest() != q.digest()
+    with pytest.raises(BadInputError, match="cannot stack"):
+        stack_rows([q, other])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmexport.errors import UnsupportedModelError
+from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.load import load_vlm
 from vlmexport.split.capture import REPLAY_LIMIT, split_model
 from vlmexport.split.decoder import _is_causal
@@ -105,3 +105,12 @@ def test_causal_and_windowed_masks_are_told_from_others() -> None:
     opened = causal.clone()
     opened[..., 0, 3] = 0
     assert not _is_causal(opened, None)
+
+
+@pytest.mark.parametrize("side", ["language_model", "vision_tower"])
+def test_a_weight_with_nan_is_named(tiny_llava: Path, side: str) -> None:
+    vlm = load_vlm(str(tiny_llava))
+    name, weight = next((n, p) for n, p in vlm.model.named_parameters() if side in n and n.endswith("q_proj.weight"))
+    weight.data[1, 2] = float("nan")
+    with pytest.raises(BadInputError, match=rf"^{name}: the weight holds NaN or infinity; the checkpoint is damaged"):
+        split_model(vlm)

@@ -1,5 +1,6 @@
 """The report in each of its forms: complete, well-formed, and the failing part first."""
 
+import dataclasses
 import io
 import json
 from html.parser import HTMLParser
@@ -100,3 +101,14 @@ def test_a_page_without_series_or_questions_is_still_whole():
     report = green_report()
     assert "<svg" in html.page(report)
     assert html.page(type(report)(())).startswith("<!doctype html>")
+
+
+def test_what_was_compared_with_is_named():
+    report = green_report()
+    kept = dataclasses.replace(report, runtime={**report.runtime, "reference_codes": "gptq 4-bit g32 sym"})
+    assert "KL from the original, nats/token" in printed(report)
+    assert "KL from the quantized checkpoint, nats/token" in printed(kept)
+    assert "The export as shipped against the original." in html.page(report)
+    assert "Answers: KL from the original" in html.page(report)
+    assert "The export as shipped against the quantized checkpoint." in html.page(kept)
+    assert "the original" not in html.page(kept)

@@ -97,7 +97,8 @@ def artifact(request, tmp_path):
     )
     record = QuantizedRecord("decoder", "w", bits, 16, symmetric, 48, members)
     kept = (KeptTensor("norm", "decoder", "float32", "1-D"),)
-    manifest = Manifest("split", "cpu", {}, {}, {"attention": "gqa"}, {}, parts, (record,), kept)
+    model = {"attention": "gqa", "kv": {"dtype": "float32"}}
+    manifest = Manifest("split", "cpu", {}, {}, model, {}, parts, (record,), kept)
     return write_manifest(tmp_path, manifest)
 
 
@@ -179,3 +180,9 @@ def test_an_output_of_another_width_is_seen(artifact):
     write_graph(artifact.path / "projector.onnx", inputs, {"image_features": ("t", 9)})
     assert "image_features is float32 ['t', 9]" in structure(artifact)["projector"].reason
     assert outputs != {}
+
+
+def test_a_cache_of_another_type_than_the_manifest_says_is_a_fault(artifact):
+    checks = structure(with_manifest(artifact, model={"attention": "gqa", "kv": {"dtype": "int8"}}))
+    assert checks["decoder"].status == "failed"
+    assert "past_key_values.0.key is float32, the manifest's cache int8" in checks["decoder"].reason

@@ -85,7 +85,7 @@ def test_activations_beyond_float16_are_right_in_every_profile(tmp_path, target)
     result = pipeline.export_onnx(
         str(variant),
         tmp_path / "export",
-        OnnxOptions(target=target),
+        OnnxOptions(target=target, scheme=QuantScheme()),
         force=False,
         verify=True,
         progress=SilentProgress(),
@@ -102,7 +102,12 @@ def test_without_questions_drawn_pictures_tell_good_from_bad(tmp_path):
         str(variant), tmp_path / "coarse", COARSE, force=False, verify=True, progress=SilentProgress()
     )
     fine = pipeline.export_onnx(
-        str(variant), tmp_path / "fine", OnnxOptions(), force=False, verify=True, progress=SilentProgress()
+        str(variant),
+        tmp_path / "fine",
+        OnnxOptions(scheme=QuantScheme()),
+        force=False,
+        verify=True,
+        progress=SilentProgress(),
     )
     assert {c.part for c in coarse.report.failures()} == {"model"}
     assert coarse.artifact.path.name == "coarse.failed"

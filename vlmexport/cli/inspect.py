@@ -64,6 +64,9 @@ def _print_parts(report: InspectReport, console: Console) -> None:
 def _facts(report: InspectReport) -> Iterator[str]:
     for part in report.parts:
         yield f"{part.role}: {', '.join(part.modules)}"
+    if report.quantized is not None:
+        yield f"already quantized: {report.quantized}; an export keeps these codes"
+    yield from (f"  {note}" for note in report.quantized_notes)
     if report.tied_embeddings:
         yield "the LM head is tied to the embedding: counted once here, a copy of its own in an export"
     if report.merge is not None:
@@ -75,7 +78,10 @@ def _facts(report: InspectReport) -> Iterator[str]:
     lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.bytes_at.items())
     geometry = f"{kv.layers} layers x {kv.heads} heads x {kv.head_dim}"
     yield f"KV cache (FP16): {geometry}: {bytes_text(kv.bytes_per_token)} per token, {lengths}"
+    lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.int8_bytes_at.items())
+    yield f"KV cache (--kv-cache int8): {bytes_text(kv.int8_bytes_per_token)} per token, {lengths}"
     for target in report.targets:
         yield f"target {target.name}: {'yes' if target.can_export else 'no'}: {target.reason}"
     yield f"suggested: {report.recipe.command}"
     yield f"  {report.recipe.reason}"
+    yield from (f"  {line}" for line in report.recipe.advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from vlmexport.cli.failures import describe_failure
 from vlmexport.cli.session import Session
 from vlmexport.errors import VlmExportError
 
-COMMANDS = ("inspect", "plan", "onnx", "verify", "bench", "run", "demo", "doctor")
+COMMANDS = ("inspect", "plan", "sensitivity", "onnx", "quantize", "verify", "bench", "run", "demo", "doctor")
+
+# transformers imports torchao where it is installed, which then warns of CUDA libraries that it does not find.
+_CHATTY = ("torchao", "torch.utils._pytree")
 
 EPILOG = """\b
 Example:
@@ -52,6 +56,8 @@ def cli() -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (default: the process's own) and return the exit code."""
     session = Session()
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         outcome = cli.main(
             args=None if arguments is None else list(arguments),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import FOLDER, model_option, onnx_options, trust_option
+from vlmexport.cli.options import FOLDER, calibration_options, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
 from vlmexport.errors import GateFailedError
@@ -16,6 +16,7 @@ from vlmexport.errors import GateFailedError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vlmexport.calibrate.recipe import CalibrationOptions
     from vlmexport.pipeline import ExportResult
     from vlmexport.plan import OnnxOptions
     from vlmexport.verify.result import ParityReport
@@ -31,12 +32,20 @@ if TYPE_CHECKING:
 @model_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder to write.")
 @onnx_options
+@calibration_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Judge the export when it is made.")
 @click.option("--force", is_flag=True, show_default="off", help="Replace DIR if it exists.")
 @trust_option
 @common_options
 def command(
-    session: Session, model: str, out: Path, options: OnnxOptions, verify: bool, force: bool, trust_remote_code: bool
+    session: Session,
+    model: str,
+    out: Path,
+    options: OnnxOptions,
+    calibration: CalibrationOptions,
+    verify: bool,
+    force: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Export MODEL to ONNX graphs with quantized weights, and prove them equal to it.
 
@@ -45,11 +54,20 @@ def command(
     """
     with session.progress() as progress:
         result = api.export_onnx(
-            model, out, options, verify=verify, force=force, progress=progress, trust_remote_code=trust_remote_code
+            model,
+            out,
+            options,
+            calibration=calibration,
+            verify=verify,
+            force=force,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
         )
     session.write_json(result_data(result))
     console = session.console()
     print_result(result, console)
+    for line in () if result.quant_plan is None else result.quant_plan.lines():
+        console.print(line, markup=False, soft_wrap=True)
     if result.report is not None:
         print_and_judge(result.report, console)
 
@@ -70,7 +88,8 @@ def result_data(result: ExportResult) -> dict[str, Any]:
 
 
 def print_result(result: ExportResult, console: Console) -> None:
-    """Where the export is and what is in it."""
+    """Where the export is, what is in it, and what the calibration has to say."""
+    from rich.markup import escape
     from rich.table import Table
 
     manifest = result.artifact.manifest
@@ -81,7 +100,9 @@ def print_result(result: ExportResult, console: Console) -> None:
         table.add_row(role, ", ".join(names), bytes_text(sum(manifest.files[n].bytes for n in names)))
     console.print(table)
     total = sum(f.bytes for f in manifest.files.values())
-    console.print(f"Wrote [bold]{result.artifact.path}[/], {bytes_text(total)}.", soft_wrap=True)
+    console.print(f"Wrote [bold]{escape(str(result.artifact.path))}[/], {bytes_text(total)}.", soft_wrap=True)
+    for line in (manifest.calibration or {}).get("warnings", []):
+        console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
 
 
 def print_and_judge(report: ParityReport, console: Console) -> None:

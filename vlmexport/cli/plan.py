@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import model_option, onnx_options, trust_option
+from vlmexport.cli.options import FOLDER, calibration_options, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, count_text, example
+from vlmexport.quantize.scheme import PER_CHANNEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vlmexport.calibrate.recipe import CalibrationOptions
     from vlmexport.plan import ExportPlan, OnnxOptions, WeightGroup, WeightPlan
 
 
@@ -24,18 +27,43 @@ def command() -> None:
 
 @command.command(
     "onnx",
-    epilog=example("vlmexport plan onnx --model demo", "vlmexport plan onnx --model demo --bits 8 --json plan.json"),
+    epilog=example(
+        "vlmexport plan onnx --model demo", "vlmexport plan onnx --model demo --quant auto --max-size 5.3MB"
+    ),
 )
 @model_option
 @onnx_options
+@calibration_options
+@click.option(
+    "--save-plan", type=FOLDER, default=None, show_default="none", metavar="FILE",
+    help="Where --quant auto writes its choice, for --plan of other commands.",
+)  # fmt: skip
 @trust_option
 @common_options
-def plan_onnx(session: Session, model: str, options: OnnxOptions, trust_remote_code: bool) -> None:
+def plan_onnx(
+    session: Session,
+    model: str,
+    options: OnnxOptions,
+    calibration: CalibrationOptions,
+    save_plan: Path | None,
+    trust_remote_code: bool,
+) -> None:
     """Show what `vlmexport onnx` with the same options would do to every weight of MODEL.
 
-    The table shows alike weights of repeated layers as one row; --json lists every weight.
+    The table shows alike weights of repeated layers as one row; --json lists every weight. Only --quant auto looks at
+    calibration samples here.
     """
-    plan = api.plan_onnx(model, options, trust_remote_code=trust_remote_code)
+    if save_plan is not None and options.choice is None:
+        raise click.UsageError("--save-plan needs --quant auto")
+    with session.progress() as progress:
+        plan = api.plan_onnx(
+            model,
+            options,
+            calibration=calibration,
+            save_plan=save_plan,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
     session.write_json(plan.to_dict())
     print_plan(plan, session.console())
 
@@ -58,8 +86,15 @@ def print_plan(plan: ExportPlan, console: Console) -> None:
         f"{count_text(values)} of {count_text(all_values)} values",
         soft_wrap=True,
     )
+    cache = "int8" if plan.options.kv_cache == "int8" else plan.decoder_dtype
+    console.print(f"KV cache: {cache}, {bytes_text(plan.kv_bytes_per_token)} per token of one sequence")
+    if plan.prefill_bytes:
+        size = bytes_text(plan.prefill_bytes)
+        console.print(f"prompts: INT8 copies of the decoder's linears, {size} more in the export and in memory")
     ratio = plan.bytes_after / max(plan.bytes_before, 1)
     console.print(f"weights: {_change(plan.bytes_before, plan.bytes_after)} ({ratio:.0%})")
+    for line in plan.advice:
+        console.print(f"note: {line}", style="dim", markup=False, soft_wrap=True)
 
 
 def _blocks(plan: ExportPlan) -> list[list[WeightGroup]]:
@@ -72,7 +107,8 @@ def _blocks(plan: ExportPlan) -> list[list[WeightGroup]]:
 
 def _fate(weight: WeightPlan) -> str:
     if weight.scheme is not None:
-        return f"{weight.dtype} in groups of {weight.scheme.group_size}"
+        size = weight.scheme.group_size
+        return f"{weight.dtype}, one scale per row" if size == PER_CHANNEL else f"{weight.dtype} in groups of {size}"
     return "left out" if weight.action == "drop" else f"kept as {weight.dtype}"
 
 

@@ -16,7 +16,7 @@ _EMITTERS = {("onnx", "split"): ("vlmexport.lower.onnx.layouts.split", "emit_spl
 
 
 def emitter(format_name: str, layout: str) -> Callable[..., Emitted]:
-    """The function ``(vlm, split, plan, target, folder, progress) -> Emitted`` that writes this layout."""
+    """The function ``(vlm, split, plan, target, weights, folder, progress) -> Emitted`` that writes this layout."""
     if (format_name, layout) not in _EMITTERS:
         known = ", ".join(f"{f}/{name}" for f, name in _EMITTERS)
         raise BadInputError(f"there is no emitter for {format_name}/{layout}; known: {known}")

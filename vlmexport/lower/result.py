@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlmexport.manifest import KeptTensor, PartFile, QuantizedRecord
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """The parts of an export by role, its quantized tensors, and every weight that was kept, with the reason."""
+    """The parts of an export by role, its quantized tensors, and every weight that was kept, with the reason.
+
+    `cache_digest` is the `scales_digest` of an INT8 key-value cache, None for a cache of floats. `prefill` is what the
+    manifest says of a prompt graph, None without one.
+    """
 
     parts: dict[str, PartFile]
     quantized: tuple[QuantizedRecord, ...]
     unquantized: tuple[KeptTensor, ...]
+    cache_digest: str | None = None
+    prefill: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.model.importers import check_method
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -22,6 +23,12 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The config's ``quantization_config``, of a method that an importer reads; None for float weights."""
+        found: dict[str, Any] | None = quantization_config(self.config)
+        return found
 
     @property
     def model_type(self) -> str:
@@ -59,7 +66,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
-    """Refuse a config that transformers cannot turn into a vision-language model, or that is already quantized."""
+    """Refuse a config that transformers cannot turn into a vision-language model, or quantized in an unknown way."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -80,9 +87,24 @@ def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code:
         raise UnsupportedModelError(
             f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}"
         )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedModelError(f"{path} is already quantized (method {method}); give the original weights")
+    if quantization := quantization_config(config):
+        check_method(str(path), quantization)
+
+
+def quantization_config(config: dict[str, Any]) -> Any:
+    """What `config` (or its text part, where some tools write it) says of quantized weights; None for nothing."""
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, dict) else None
+    return config.get("quantization_config") or inner or None
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config` that says nothing of quantized weights, at any of the places `quantization_config` reads."""
+    left = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = left.get("text_config")
+    if isinstance(text, dict):
+        left["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return left
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

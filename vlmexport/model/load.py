@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.calling_transformers import clear_errors, quiet_transformers
 from vlmexport.model.checkpoint import Checkpoint, check_loading, read_checkpoint
+from vlmexport.model.importers.packed import QuantizedCheckpoint
 from vlmexport.model.kv import KVGeometry
+from vlmexport.model.packed import load_packed
 from vlmexport.model.source import resolve_source
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class ModelFacts:
 class VLM:
     """A loaded model: `model` is in eval mode, in the checkpoint's own dtype, its parameters memory-mapped.
 
-    `source` is what the user typed, `path` the local folder. Call `processor()` for the Hugging Face processor.
+    `source` is what the user typed, `path` the local folder. Call `processor()` for the Hugging Face processor. Where
+    the checkpoint came quantized, `quantized` holds its codes, and `model` is in float32 with exactly what they mean.
     """
 
     source: str
@@ -51,6 +53,7 @@ class VLM:
     model: PreTrainedModel
     facts: ModelFacts
     trust_remote_code: bool = False
+    quantized: QuantizedCheckpoint | None = None
 
     def processor(self) -> Any:
         """The model's processor (image processor, tokenizer, chat template)."""
@@ -66,70 +69,46 @@ class VLM:
 def load_vlm(source: str, *, trust_remote_code: bool = False) -> VLM:
     """Load the model `source` (a folder, a hub id, or ``demo``).
 
-    Every tensor of the checkpoint is accounted for: nothing is filled with random numbers and nothing is left over.
-    Raises `BadInputError` with one clear line for anything that is not a loadable vision-language model, and
-    `NotPossibleHereError` when a hub id cannot be fetched.
+    Every tensor of the checkpoint is accounted for: nothing is filled with random numbers and nothing is left over. A
+    quantized checkpoint keeps its codes (see `vlmexport.model.packed`). Raises `BadInputError` with one clear line for
+    anything that is not a loadable vision-language model, and `NotPossibleHereError` when a hub id cannot be fetched.
     """
     path = resolve_source(source, trust_remote_code=trust_remote_code)
     checkpoint = read_checkpoint(path, trust_remote_code=trust_remote_code)
-    model = _from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    quantized = None
+    dtype = None
+    if checkpoint.quantization is None:
+        model = _from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    else:
+        model, quantized, dtype = load_packed(checkpoint, trust_remote_code=trust_remote_code)
     model.eval()
     model.requires_grad_(False)
-    return VLM(source, path, model.config, model, model_facts(model), trust_remote_code)
+    return VLM(source, path, model.config, model, model_facts(model, dtype), trust_remote_code, quantized)
 
 
 def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrainedModel:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    try:
-        with _quiet_transformers():
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                checkpoint.path,
-                dtype="auto",
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported in `info`, with both shapes, and refused there
-                output_loading_info=True,
-            )
-    except SafetensorError as error:
-        raise BadInputError(f"{checkpoint.path}: the weights cannot be read: {_one_line(error)}") from error
-    except ImportError as error:
-        raise NotPossibleHereError(f"{checkpoint.path} needs a package that is missing: {_one_line(error)}") from error
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        # transformers checks configs by using them: a wrong value surfaces as any of these.
-        raise BadInputError(
-            f"{checkpoint.path}: transformers cannot build model_type {checkpoint.model_type!r}: {_one_line(error)}"
-        ) from error
+    with clear_errors(checkpoint), quiet_transformers():
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.path,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, with both shapes, and refused there
+            output_loading_info=True,
+        )
     check_loading(checkpoint.path, info)
     loaded: PreTrainedModel = model
     return loaded
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the loading bars and the load report: what it says is raised by `check_loading`."""
-    from transformers.utils import logging
+def model_facts(model: PreTrainedModel, dtype: str | None = None) -> ModelFacts:
+    """Read `ModelFacts` from a loaded model's config; raises `UnsupportedModelError` naming what it lacks.
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def model_facts(model: PreTrainedModel) -> ModelFacts:
-    """Read `ModelFacts` from a loaded model's config; raises `UnsupportedModelError` naming what it lacks."""
+    `dtype` is the checkpoint's where that is not the model's own.
+    """
     config = model.config
     text = config.get_text_config()
     head: Any = model.get_output_embeddings()
@@ -138,7 +117,7 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(
         architecture=type(model).__name__,
         model_type=config.model_type,
-        dtype=_checkpoint_dtype(model),
+        dtype=dtype or _checkpoint_dtype(model),
         image_token_id=_image_token_id(config),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,

@@ -2,12 +2,15 @@
 
 Two forms (docs/manifest.md). ``gqa``: one buffer per layer and kind, longer than the valid tokens, bound as past *and*
 present, so a step writes in place. ``standard``: the graph returns a longer cache every step, which is fed back.
+A second graph with the same inputs and outputs may compute prompts, on the same buffers (``gqa`` only).
 The class also runs other builders' decoder graphs with the same names, which is how they are compared fairly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,16 +23,27 @@ from vlmexport.runtime.protocol import Array, Cache, PartOutputError, require_ri
 from vlmexport.runtime.sessions import NUMPY_TYPES, checked, part_errors, require_outputs
 
 PART = "decoder"
+# Tokens that a prompt graph computes at once: attention to a growing past skips what the causal mask would hide, and
+# the numbers in between stay in the cache of a core. Measured in docs/decisions/0032.
+CHUNK = 256
 Mask: TypeAlias = NDArray[np.int64]
 
 
 @dataclass
 class SharedCache(Cache):
-    """Buffers ``[batch, heads, capacity, head_dim]`` by layer and kind, bound once and written in place."""
+    """Buffers ``[batch, heads, capacity, head_dim]`` by layer and kind, bound once and written in place.
 
-    binding: Any
+    `bindings` has one entry for each graph of the session.
+    """
+
+    bindings: tuple[Any, ...]
     buffers: dict[str, ort.OrtValue]
     capacity: int
+
+    def stored(self, layer: int, kind: Literal["key", "value"], start: int, stop: int) -> Array:
+        """What the cache holds of positions `start` to `stop` (a copy): ``[batch, heads, stop - start, head_dim]``."""
+        held: Array = self.buffers[f"past_key_values.{layer}.{kind}"].numpy()
+        return held[:, :, start:stop].copy()
 
 
 @dataclass
@@ -44,7 +58,8 @@ class DecoderSession:
     """One decoder graph and the bookkeeping of its caches.
 
     `session` may take ``inputs_embeds`` or ``input_ids``; ``position_ids`` and ``num_logits_to_keep`` are fed when the
-    graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``).
+    graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``). `prompt`, when
+    given, computes every call of more than one token, `chunk` tokens at a time where there is no padding.
     """
 
     def __init__(
@@ -53,8 +68,12 @@ class DecoderSession:
         kv: KVGeometry,
         attention: Literal["gqa", "standard"],
         device: str = "cpu",
+        prompt: ort.InferenceSession | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         self.session = session
+        self.sessions = (session,) if prompt is None else (session, prompt)
+        self.chunk = chunk
         self.kv = kv
         self.attention = attention
         self.device = device
@@ -72,7 +91,12 @@ class DecoderSession:
         missing = [name for name in needed if name not in self.input_types]
         if missing:
             raise PartOutputError(PART, f"the graph has no input {missing[0]!r}; it has {list(self.input_types)[:4]}")
-        require_outputs(self.session, PART, ["logits", *self.present_of.values()])
+        for session in self.sessions:
+            require_outputs(session, PART, ["logits", *self.present_of.values()])
+        if any({i.name for i in s.get_inputs()} != self.input_types.keys() for s in self.sessions):
+            raise PartOutputError(PART, "the prompt graph has other inputs than the decode graph")
+        if len(self.sessions) > 1 and self.attention != "gqa":
+            raise PartOutputError(PART, "a prompt graph needs the gqa form, whose cache both graphs write in place")
 
     def prefill(self, sequence: Array, attention_mask: Mask, keep: int, reserve: int) -> tuple[Array, Cache]:
         """Start a batch; `sequence` is what the graph takes (embeddings or ids); see `Runner.prefill`."""
@@ -105,7 +129,8 @@ class DecoderSession:
         return logits
 
     def _new_cache(self, batch: int, capacity: int) -> SharedCache:
-        cache = SharedCache(np.zeros(batch, np.int64), self.session.io_binding(), {}, capacity)
+        bindings = tuple(session.io_binding() for session in self.sessions)
+        cache = SharedCache(np.zeros(batch, np.int64), bindings, {}, capacity)
         shape = (batch, self.kv.heads, capacity, self.kv.head_dim)
         for past in self.present_of:
             self._bind(cache, past, self._value(np.zeros(shape, self.kv_dtype)))
@@ -113,8 +138,9 @@ class DecoderSession:
 
     def _bind(self, cache: SharedCache, past: str, buffer: ort.OrtValue) -> None:
         cache.buffers[past] = buffer
-        cache.binding.bind_ortvalue_input(past, buffer)
-        cache.binding.bind_ortvalue_output(self.present_of[past], buffer)
+        for binding in cache.bindings:
+            binding.bind_ortvalue_input(past, buffer)
+            binding.bind_ortvalue_output(self.present_of[past], buffer)
 
     def _grow(self, cache: SharedCache, capacity: int) -> None:
         for past, buffer in list(cache.buffers.items()):
@@ -141,15 +167,38 @@ class DecoderSession:
 
     def _run_shared(self, sequence: Array, mask: Mask, cache: SharedCache, keep: int) -> Array:
         positions = cache.lengths[:, None] + np.arange(sequence.shape[1])
+        graph = len(self.sessions) - 1 if sequence.shape[1] > 1 else 0
+        rows = [
+            self._run_bound(graph, sequence[:, chunk], mask[:, :end], positions[:, chunk], cache, kept)
+            for chunk, end, kept in self._chunks(graph, mask, sequence.shape[1], keep)
+        ]
+        return self._finished(rows[-1] if keep else np.concatenate(rows, axis=1), mask, keep)
+
+    def _chunks(self, graph: int, mask: Mask, tokens: int, keep: int) -> Iterator[tuple[slice, int, int]]:
+        """Slices of the new tokens that run one after the other, where the mask ends for each, and the logits it keeps.
+
+        GroupQueryAttention takes several tokens with a past in a batch of one only. A caller that keeps the last few
+        logits gets them from the last slice, so that one must be long enough.
+        """
+        before = mask.shape[1] - tokens
+        count = -(-tokens // self.chunk) if graph and len(mask) == 1 and mask.all() and keep <= 1 else 1
+        edges = [tokens * i // count for i in range(count + 1)]
+        for start, stop in pairwise(edges):
+            yield slice(start, stop), before + stop, keep
+
+    def _run_bound(
+        self, graph: int, sequence: Array, mask: Mask, positions: Mask, cache: SharedCache, keep: int
+    ) -> Array:
+        """One run of one graph on the cache's buffers: its logits as it returns them."""
         feed = self._inputs(sequence, mask, positions, keep)
-        binding = cache.binding
+        binding = cache.bindings[graph]
         logits = np.empty((sequence.shape[0], self._kept(sequence, keep), self.vocab_size), self.logits_dtype)
         with part_errors(PART, "does not run"):
             for name, array in feed.items():
                 binding.bind_cpu_input(name, array)
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-            self.session.run_with_iobinding(binding)
-        return self._finished(logits, mask, keep)
+            self.sessions[graph].run_with_iobinding(binding)
+        return logits
 
     def _run_growing(self, sequence: Array, mask: Mask, cache: GrowingCache, keep: int) -> Array:
         whole = np.concatenate([cache.mask, mask], axis=1)

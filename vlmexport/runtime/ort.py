@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
-from vlmexport.errors import ArtifactError
-from vlmexport.manifest import Artifact
+from vlmexport.cpu import cpu_flags, int8_gain
+from vlmexport.errors import ArtifactError, NotPossibleHereError
+from vlmexport.manifest import PREFILL_PART, Artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
@@ -27,16 +29,23 @@ _DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
 class OnnxRunner:
     """Runs an export; sessions open when first used, or all at once with `load`.
 
-    `threads`: intra-op threads, 0 = onnxruntime's choice. `exact`: see `SessionSettings`. `provider` overrides the
-    target's own (a CUDA graph can be checked on the CPU). Satisfies `Runner`.
+    `threads`: intra-op threads, 0 = onnxruntime's choice. `exact`, `float_cache`: see `SessionSettings`. `provider`
+    overrides the target's own (a CUDA graph can be checked on the CPU). Satisfies `Runner`.
     """
 
     def __init__(
-        self, artifact: Artifact, *, threads: int = 0, exact: bool = False, provider: str | None = None
+        self,
+        artifact: Artifact,
+        *,
+        threads: int = 0,
+        exact: bool = False,
+        provider: str | None = None,
+        float_cache: bool = False,
     ) -> None:
         self.artifact = artifact
         self.model: dict[str, Any] = artifact.manifest.model
-        self.settings = SessionSettings(threads, exact, provider or load_target(artifact.manifest.target).provider)
+        provider = provider or load_target(artifact.manifest.target).provider
+        self.settings = SessionSettings(threads, exact, provider, float_cache)
 
     @cached_property
     def merge_spec(self) -> MergeSpec:
@@ -108,7 +117,17 @@ class OnnxRunner:
         if attention not in ("gqa", "standard"):
             raise ArtifactError(f"{self.artifact.path}: attention {attention!r} is unknown; gqa or standard")
         geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
-        return DecoderSession(session, geometry, attention, _DEVICES.get(self.settings.provider, "cpu"))
+        device = _DEVICES.get(self.settings.provider, "cpu")
+        return DecoderSession(session, geometry, attention, device, self._prompt_session())
+
+    def _prompt_session(self) -> InferenceSession | None:
+        if PREFILL_PART not in self.artifact.manifest.parts:
+            return None
+        gains, reason = int8_gain(cpu_flags())
+        if gains is False:
+            raise NotPossibleHereError(f"{self.artifact.path} was exported with --prefill int8; this CPU has {reason}")
+        settings = dataclasses.replace(self.settings, rests=True)
+        return open_session(self.artifact.part_path(PREFILL_PART), PREFILL_PART, settings)
 
     def _part(self, role: str, output: str) -> PartSession:
         return PartSession(self.artifact.part_path(role), role, self.settings, output)

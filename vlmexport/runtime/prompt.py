@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -53,15 +53,16 @@ class PromptBuilder:
         images = {"images": [list(pictures)]} if pictures else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            out = self.processor(text=[text], return_tensors="pt", **self._special_tokens(text), **images)
+            out = self.processor(text=[text], return_tensors="pt", **special_tokens(self.tokenizer, text), **images)
         arrays = {name: np.asarray(value) for name, value in out.items() if hasattr(value, "shape")}
         pixels = {name: value for name, value in arrays.items() if name not in _TEXT_OUTPUTS}
         return ModelInputs(arrays["input_ids"].astype(np.int64), pixels)
 
-    def _special_tokens(self, text: str) -> dict[str, bool]:
-        """Templates that write the begin token themselves must not get a second one (as transformers does)."""
-        bos = getattr(self.tokenizer, "bos_token", None)
-        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+def special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
+    """Arguments for `tokenizer`: a template that wrote the begin token must not get a second (as transformers does)."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def load_image(path: Path) -> Image:
@@ -69,19 +70,24 @@ def load_image(path: Path) -> Image:
 
     Raises `BadInputError` naming the file when it is missing, not a picture, damaged, or larger than `MAX_PIXELS`.
     """
+    return read_image(path, str(path))
+
+
+def read_image(source: Path | BinaryIO, name: str) -> Image:
+    """Decode a picture file (or its bytes) as upright RGB; `name` stands for it in errors, which are `load_image`'s."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(source) as file:
                 if file.width * file.height > MAX_PIXELS:
-                    raise BadInputError(f"{path} has {file.width}x{file.height} pixels; the limit is {MAX_PIXELS}")
+                    raise BadInputError(f"{name} has {file.width}x{file.height} pixels; the limit is {MAX_PIXELS}")
                 return ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError as error:
-        raise BadInputError(f"no such image: {path}") from error
+        raise BadInputError(f"no such image: {name}") from error
     except Image.DecompressionBombError as error:
-        raise BadInputError(f"{path} has too many pixels; the limit is {MAX_PIXELS}") from error
+        raise BadInputError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
     # Pillow's readers let all of these through when a file is damaged.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error) as error:
-        raise BadInputError(f"{path} is not a readable image: {error}") from error
+        raise BadInputError(f"{name} is not a readable image: {error}") from error

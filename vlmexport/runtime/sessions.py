@@ -13,6 +13,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from vlmexport.errors import NotPossibleHereError
+from vlmexport.runtime.float_products import with_float_products
 from vlmexport.runtime.protocol import Array, PartOutputError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -24,6 +25,7 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
     "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int8)": np.dtype(np.int8),
     "tensor(bool)": np.dtype(np.bool_),
 }
 
@@ -48,12 +50,17 @@ class SessionSettings:
 
     `threads`: intra-op threads, 0 = onnxruntime's choice. `exact`: quantized products without rounding their
     activations to 8 bits, which isolates lowering errors. `provider`: execution provider; the CPU one is always the
-    fallback for single operators.
+    fallback for single operators. `float_cache`: a quantized KV cache is kept as floats instead, for the same reason.
+    `watch`: values inside the graph that become outputs, too.
+    `rests`: threads stop waiting for work as soon as a run ends, for a session beside one that is called at every step.
     """
 
     threads: int = 0
     exact: bool = False
     provider: str = CPU_PROVIDER
+    float_cache: bool = False
+    rests: bool = False
+    watch: tuple[str, ...] = ()
 
 
 def require_provider(provider: str) -> None:
@@ -70,28 +77,48 @@ def open_session(path: Path, part: str, settings: SessionSettings) -> ort.Infere
     options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if settings.rests:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.exact:
         options.add_session_config_entry("mlas.qnbit.force_fp32", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     providers = list(dict.fromkeys([settings.provider, CPU_PROVIDER]))
     with part_errors(part, f"{path.name} does not load"):
-        model = _exact_model(path) if settings.exact else str(path)
+        model: str | bytes = str(path)
+        if settings.exact or settings.float_cache or settings.watch:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            model = _changed_model(path, settings)
         return ort.InferenceSession(model, options, providers=providers)
 
 
-def _exact_model(path: Path) -> bytes:
-    """The graph with accuracy level 0 on every MatMulNBits; force_fp32 alone reaches only the 4-bit kernels."""
+def _changed_model(path: Path, settings: SessionSettings) -> bytes:
+    """The graph without the roundings that `settings` exclude, and with the outputs that they ask for."""
     import onnx
 
+    from vlmexport.runtime.float_cache import with_float_cache
+
     model = onnx.load(path, load_external_data=False)
+    if settings.exact:
+        _make_exact(model)
+    if settings.float_cache:
+        with_float_cache(model)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in settings.watch)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _make_exact(model: Any) -> None:
+    """Take the rounding of activations out of the ModelProto.
+
+    INT8 products become float ones, and every MatMulNBits gets accuracy level 0: force_fp32 alone reaches only
+    the 4-bit kernels.
+    """
+    with_float_products(model)
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
-    data: bytes = model.SerializeToString()
-    return data
 
 
 @contextmanager

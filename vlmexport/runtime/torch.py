@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +35,7 @@ class TorchRunner:
     """Runs ``vlm.model`` in the dtype it is in (call ``.float()`` on it first for an FP32 reference).
 
     `split` gives the cut between `vision` and `project`; without it only `image_features`, the model's own whole path,
-    is there. Satisfies `Runner`.
+    is there. `new_cache` makes the cache of every prefill. Satisfies `Runner`.
     """
 
     def __init__(self, vlm: VLM, split: Split | None = None) -> None:
@@ -45,6 +45,7 @@ class TorchRunner:
         self.eos_token_ids = vlm.facts.eos_token_ids
         self._decoder: Any = self.model.get_decoder()
         self._head: Any = self.model.get_output_embeddings()
+        self.new_cache: Callable[[], DynamicCache] = DynamicCache
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +82,7 @@ class TorchRunner:
         """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
         del reserve
         mask = torch.from_numpy(attention_mask)
-        cache = TorchCache(attention_mask.sum(axis=1), DynamicCache(), mask[:, :0])
+        cache = TorchCache(attention_mask.sum(axis=1), self.new_cache(), mask[:, :0])
         return self._forward(inputs_embeds, mask, cache, keep), cache
 
     def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:

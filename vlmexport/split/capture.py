@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vlmexport.errors import UnsupportedModelError
+from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.merge import MergeSpec
 from vlmexport.split.decoder import DecoderCall, DecoderPart, capture_decoder_call, check_masks_are_causal, replay
@@ -26,12 +26,14 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     """Take `vlm` apart and prove that the parts reproduce it.
 
     `examples` are keyword inputs of the whole model (one image, another aspect ratio, two images); by default the
-    model's own processor makes them. Raises `UnsupportedModelError` naming the family and what differs.
+    model's own processor makes them. Raises `UnsupportedModelError` naming the family and what differs,
+    `BadInputError` naming a weight that makes the logits NaN.
     """
     examples = processor_examples(vlm) if examples is None else examples
+    calls = [capture_decoder_call(vlm.model, example) for example in examples]
+    _refuse_nan(vlm, calls)
     vision, projector = split_vision(vlm, examples)
     decoder = DecoderPart(vlm.model.get_decoder(), vlm.model.get_output_embeddings())
-    calls = [capture_decoder_call(vlm.model, example) for example in examples]
     merge = _merge_spec(vlm, calls)
     # The merge below is proven on every example; the decoder gets nothing else, so the richest prompt does for it.
     difference = _replay_difference(vlm, decoder, calls[-1])
@@ -46,6 +48,15 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
         Role.DECODER: _decoder_part(vlm, decoder, calls),
     }
     return Split(parts, merge, difference)
+
+
+def _refuse_nan(vlm: VLM, calls: list[DecoderCall]) -> None:
+    """Name the weight that is to blame for NaN logits: nothing could be compared with them."""
+    if not any(bool(call.logits.isnan().any()) for call in calls):
+        return
+    for name, parameter in vlm.model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BadInputError(f"{name}: the weight holds NaN or infinity; the checkpoint is damaged, get it again")
 
 
 def _merge_spec(vlm: VLM, calls: list[DecoderCall]) -> MergeSpec:

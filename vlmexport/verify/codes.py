@@ -10,15 +10,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vlmexport.errors import ArtifactError
-from vlmexport.manifest import Artifact, QuantizedRecord
+from vlmexport.manifest import PREFILL_PART, Artifact, QuantizedRecord
 from vlmexport.quantize.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+# The operators that hold codes of each codebook of the manifest ("": integers).
+_OPERATORS = {"": ("MatMulNBits", "MatMulIntegerToFloat"), "nf4": ("MatMulBnb4",)}
+# arXiv 2305.14314, appendix E, to the digits that tell float32 numbers of this size apart.
+_NF4 = (
+    -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0,
+)  # fmt: skip
+_NF4_TYPE = 1  # MatMulBnb4's quant_type
 
 
 @dataclass(frozen=True)
@@ -80,8 +93,54 @@ def unpack_matmul_nbits(
     )
 
 
+def unpack_matmul_bnb4(
+    codes: NDArray[np.uint8], absmax: NDArray[Any], *, rows: int, in_features: int, group_size: int
+) -> QuantizedTensor:
+    """The logical NF4 tensor behind the initializers of one MatMulBnb4 node.
+
+    ``codes``: uint8, two per byte along the row-major matrix ``[rows, in_features]``, the first in the high bits;
+    ``absmax``: float32, one per ``group_size`` codes, in the same order. Raises `ArtifactError` when sizes disagree.
+    """
+    count = rows * in_features
+    if in_features % group_size or (codes.size * 2, absmax.size * group_size) != (count, count):
+        raise ArtifactError(
+            f"{codes.size} bytes of codes and {absmax.size} scales do not fit {rows} x {in_features} weights in groups "
+            f"of {group_size} at 4 bits"
+        )
+    flat = codes.reshape(-1)
+    spread = np.stack([flat >> np.uint8(4), flat & np.uint8(15)], axis=-1)
+    return QuantizedTensor(
+        codes=torch.from_numpy(spread.reshape(rows, in_features)),
+        scale=torch.from_numpy(np.array(absmax).reshape(rows, in_features // group_size)),
+        zero_point=None,
+        bits=4,
+        group_size=group_size,
+        codebook=torch.tensor(_NF4),
+    )
+
+
+def unpack_int8(codes: NDArray[np.int8], scale: NDArray[Any]) -> QuantizedTensor:
+    """The logical tensor behind the weight of one MatMulIntegerToFloat node.
+
+    ``codes``: int8 ``[in_features, rows]``, ``scale``: float32 ``[rows]``. Raises `ArtifactError` for other types and
+    sizes.
+    """
+    if codes.dtype != np.int8 or codes.ndim != 2 or scale.shape != codes.shape[1:]:
+        raise ArtifactError(
+            f"{codes.dtype} codes {list(codes.shape)} and scales {list(scale.shape)} are no INT8 weight"
+        )
+    logical = np.ascontiguousarray(codes.T.astype(np.int16) + 128).astype(np.uint8)
+    return QuantizedTensor(
+        codes=torch.from_numpy(logical),
+        scale=torch.from_numpy(np.array(scale)).reshape(-1, 1),
+        zero_point=None,
+        bits=8,
+        group_size=codes.shape[0],
+    )
+
+
 class GraphWeights:
-    """The MatMulNBits nodes of one graph file; initializers stay in the file until they are read."""
+    """The quantized matrix products of one graph file; initializers stay in the file until they are read."""
 
     def __init__(self, path: Path) -> None:
         import onnx_ir as ir
@@ -91,7 +150,9 @@ class GraphWeights:
         self._nodes = {
             node.inputs[1].name: node
             for node in graph
-            if node.op_type == "MatMulNBits" and len(node.inputs) > 2 and node.inputs[1] is not None
+            if any(node.op_type in names for names in _OPERATORS.values())
+            and len(node.inputs) > 2
+            and node.inputs[1] is not None
         }
 
     def initializers(self) -> list[str]:
@@ -103,22 +164,22 @@ class GraphWeights:
 
         Raises `ArtifactError` when the graph has no such node, or its attributes or operands disagree with the record.
         """
+        operators = _OPERATORS.get(record.codebook, (record.codebook,))
         node = self._nodes.get(f"{record.initializer}.codes")
-        if node is None:
-            raise ArtifactError(f"no MatMulNBits node reads {record.initializer}.codes")
+        if node is None or node.op_type not in operators:
+            raise ArtifactError(f"no {' or '.join(operators)} node reads {record.initializer}.codes")
+        if node.op_type == "MatMulIntegerToFloat":
+            return self._read_int8(node, record)
+        return self._read_nf4(node, record) if record.codebook == "nf4" else self._read_integers(node, record)
+
+    def _read_integers(self, node: ir.Node, record: QuantizedRecord) -> QuantizedTensor:
         rows = max(member.rows[1] for member in record.members)
         wanted = {"K": record.in_features, "N": rows, "bits": record.bits, "block_size": record.group_size}
-        found = {key: node.attributes[key].as_int() if key in node.attributes else None for key in wanted}
-        if found["bits"] is None:
-            found["bits"] = 4  # the operator's default
-        if found != wanted:
-            raise ArtifactError(f"the node says {found}, the manifest {wanted}")
-        operands = [value.name if value is not None and value.name else None for value in node.inputs[1:4]]
+        _check_attributes(node, wanted, {"bits": 4})
         expected = [f"{record.initializer}.codes", f"{record.initializer}.scale"]
         if not record.symmetric:
             expected.append(f"{record.initializer}.zero_point")
-        if [name for name in operands if name] != expected:
-            raise ArtifactError(f"the node reads {operands}, expected {expected}")
+        _check_operands(node, expected)
         zero_point = None if record.symmetric else self._array(expected[2])
         return unpack_matmul_nbits(
             self._array(expected[0]),
@@ -129,12 +190,56 @@ class GraphWeights:
             in_features=record.in_features,
         )
 
+    def _read_nf4(self, node: ir.Node, record: QuantizedRecord) -> QuantizedTensor:
+        rows = max(member.rows[1] for member in record.members)
+        wanted = {"K": record.in_features, "N": rows, "block_size": record.group_size, "quant_type": _NF4_TYPE}
+        _check_attributes(node, wanted, {})
+        expected = [f"{record.initializer}.codes", f"{record.initializer}.scale"]
+        _check_operands(node, expected)
+        codes, absmax = map(self._array, expected)
+        return unpack_matmul_bnb4(
+            codes, absmax, rows=rows, in_features=record.in_features, group_size=record.group_size
+        )
+
+    def _read_int8(self, node: ir.Node, record: QuantizedRecord) -> QuantizedTensor:
+        expected = [f"{record.initializer}.codes", f"{record.initializer}.scale"]
+        operands = [_stored_name(node.inputs[1]), _stored_name(node.inputs[3])]
+        if operands != expected or len(node.inputs) > 5:
+            raise ArtifactError(f"the node reads {operands}, expected {expected} and no zero points of the weight")
+        tensor = unpack_int8(*map(self._array, expected))
+        found = (tensor.bits, tensor.group_size, tensor.shape[1], True)
+        wanted = (record.bits, record.group_size, record.in_features, record.symmetric)
+        if found != wanted:
+            raise ArtifactError(f"the graph holds (bits, group, inputs, symmetric) {found}, the manifest says {wanted}")
+        return tensor
+
     def _array(self, name: str) -> NDArray[Any]:
         value = self._model.graph.initializers.get(name)
         if value is None or value.const_value is None:
             raise ArtifactError(f"the graph has no initializer {name}")
         array: NDArray[Any] = value.const_value.numpy()
         return array
+
+
+def _check_attributes(node: ir.Node, wanted: dict[str, int], defaults: dict[str, int]) -> None:
+    """Raise `ArtifactError` when `node` says other than `wanted`; `defaults` are the operator's."""
+    attributes = node.attributes
+    found = {key: attributes[key].as_int() if key in attributes else defaults.get(key) for key in wanted}
+    if found != wanted:
+        raise ArtifactError(f"the node says {found}, the manifest {wanted}")
+
+
+def _check_operands(node: ir.Node, expected: list[str]) -> None:
+    """Raise `ArtifactError` when `node` reads other initializers; scales may be cast to what it computes in."""
+    operands = [_stored_name(value) for value in node.inputs[1:4]]
+    if [name for name in operands if name] != expected:
+        raise ArtifactError(f"the node reads {operands}, expected {expected}")
+
+
+def _stored_name(value: ir.Value | None) -> str | None:
+    producer = value.producer() if value is not None else None
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    return source.name if source is not None and source.name else None
 
 
 def read_members(artifact: Artifact) -> Iterator[tuple[str, str, str, QuantizedTensor | str]]:
@@ -154,17 +259,19 @@ def read_members(artifact: Artifact) -> Iterator[tuple[str, str, str, QuantizedT
                 yield from ((member.name, part, member.digest, str(error)) for member in record.members)
                 continue
             for member in record.members:
-                yield member.name, part, member.digest, _rows(packed, *member.rows)
+                yield member.name, part, member.digest, packed.rows(*member.rows)
 
 
-def read_codes(artifact: Artifact) -> tuple[dict[str, QuantizedTensor], list[CodeFault]]:
-    """All quantized weights by checkpoint name, and those whose integers are not the ones the quantizer chose.
+def read_codes(artifact: Artifact, part: str = "decoder") -> tuple[dict[str, QuantizedTensor], list[CodeFault]]:
+    """The quantized weights of a part by checkpoint name, and those whose integers are not the quantizer's choice.
 
     A weight whose digest differs is in both: the reference must run what the graph holds.
     """
     tensors: dict[str, QuantizedTensor] = {}
     faults: list[CodeFault] = []
-    for name, part, digest, tensor in read_members(artifact):
+    for name, owner, digest, tensor in read_members(artifact):
+        if owner != part:
+            continue
         if isinstance(tensor, str):
             faults.append(CodeFault(name, part, tensor))
             continue
@@ -175,32 +282,48 @@ def read_codes(artifact: Artifact) -> tuple[dict[str, QuantizedTensor], list[Cod
 
 
 def unrecorded_matrices(artifact: Artifact) -> list[CodeFault]:
-    """MatMulNBits nodes of the quantized graphs that the manifest does not list."""
+    """Quantized matrix products of the quantized graphs that the manifest does not list."""
     faults = []
     for part in sorted({record.part for record in artifact.manifest.quantized}):
         listed = {r.initializer for r in artifact.manifest.quantized if r.part == part}
-        present = GraphWeights(artifact.part_path(part)).initializers()
-        faults += [
-            CodeFault(name, part, "is in the graph but not in the manifest") for name in present if name not in listed
-        ]
+        graph = GraphWeights(artifact.part_path(part))
+        shared = {r.initializer: r for r in artifact.manifest.quantized if part == PREFILL_PART and r.part != part}
+        for name in graph.initializers():
+            if name in shared:
+                faults += _shared_faults(graph, shared[name], part)
+            elif name not in listed:
+                faults.append(CodeFault(name, part, "is in the graph but not in the manifest"))
     return faults
+
+
+def _shared_faults(graph: GraphWeights, record: QuantizedRecord, part: str) -> list[CodeFault]:
+    """Faults of a matrix that the prompt graph takes from the decode graph: it must be the same one."""
+    try:
+        tensor = graph.read(record)
+    except ArtifactError as error:
+        return [CodeFault(record.initializer, part, str(error))]
+    return [
+        CodeFault(member.name, part, "is not the matrix that the decode graph has under this name")
+        for member in record.members
+        if tensor.rows(*member.rows).digest() != member.digest
+    ]
 
 
 def account(artifact: Artifact, parameters: Iterable[frozenset[str]]) -> list[str]:
     """Faults in the accounting of the decoder's parameters: each exactly once in ``quantized`` or ``unquantized``.
 
+    The prompt graph's matrices are second copies: each of their weights is among the decoder's own, once.
+
     `parameters` holds one set of names per parameter (several when it is tied: one entry under each name is allowed).
     """
     manifest = artifact.manifest
-    counts = Counter(member.name for record in manifest.quantized for member in record.members)
+    decoding = [record for record in manifest.quantized if record.part != PREFILL_PART]
+    counts = Counter(member.name for record in decoding for member in record.members)
     counts.update(kept.name for kept in manifest.unquantized)
     faults = [f"{name} is listed {count} times" for name, count in sorted(counts.items()) if count > 1]
     for names in parameters:
         if not any(counts[name] for name in names):
             faults.append(f"{min(names)} is in neither quantized nor unquantized")
-    return faults
-
-
-def _rows(packed: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
-    zero = None if packed.zero_point is None else packed.zero_point[start:stop]
-    return QuantizedTensor(packed.codes[start:stop], packed.scale[start:stop], zero, packed.bits, packed.group_size)
+    prompt = Counter(m.name for r in manifest.quantized if r.part == PREFILL_PART for m in r.members)
+    faults += [f"{name} is {n} times in the prompt graph" for name, n in sorted(prompt.items()) if n > 1]
+    return faults + [f"{name} is in the prompt graph only" for name in sorted(prompt) if not counts[name]]

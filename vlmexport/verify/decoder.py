@@ -20,6 +20,7 @@ from vlmexport.verify.gates import Gate
 
 Ids: TypeAlias = NDArray[np.int64]
 Embed: TypeAlias = Callable[[Ids], Array]
+Continue: TypeAlias = Callable[[Runner, Array], Array]
 
 PART = "decoder"
 DECODE_STEPS = 16
@@ -96,13 +97,38 @@ def check_lowering(
     return totals
 
 
-def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], limit: float, *, left_pad: bool) -> None:
+def token_by_token(runner: Runner, sequence: Array) -> Array:
+    """Logits ``[1, tokens, vocab]`` with the first half in one prefill and the rest one token at a time."""
+    half = max(sequence.shape[1] // 2, sequence.shape[1] - DECODE_STEPS)
+    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
+    rows = [logits]
+    rows += [runner.decode(sequence[:, i : i + 1], cache) for i in range(half, sequence.shape[1])]
+    return np.concatenate(rows, axis=1)
+
+
+def in_two_prompts(runner: Runner, sequence: Array) -> Array:
+    """Logits ``[1, tokens, vocab]`` of two calls of several tokens: the first half, and the rest over its cache."""
+    half = sequence.shape[1] // 2
+    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
+    return np.concatenate([logits, runner.decode(sequence[:, half:], cache, 0)], axis=1)
+
+
+def check_consistency(
+    gate: Gate,
+    exact: Runner,
+    embeds: Mapping[str, Array],
+    limit: float,
+    *,
+    left_pad: bool,
+    continued: Continue = token_by_token,
+) -> None:
     """What must hold within the graph itself, whether a reference is at hand or not.
 
-    ``decoder/keep_last``: logits of the last position alone equal the last of all; ``decoder/cache``: token by token
-    over the cache equals one prefill; ``decoder/right_padding`` (and ``decoder/left_padding`` where the graph allows
-    it): rows of a padded batch equal the same prompts alone. Where it does not, ``decoder/padding_guard``: left
-    padding, which such a graph answers with wrong numbers, is refused.
+    ``decoder/keep_last``: logits of the last position alone equal the last of all; ``decoder/cache``: going on over
+    the cache (`continued`: token by token, or by a second prompt where single tokens have other weights) equals one
+    prefill; ``decoder/right_padding`` (and ``decoder/left_padding`` where the graph allows it): rows of a padded batch
+    equal the same prompts alone. Where it does not, ``decoder/padding_guard``: left padding, which such a graph answers
+    with wrong numbers, is refused.
     """
     sequences = list(embeds.values())
     longest = max(sequences, key=lambda s: s.shape[1])
@@ -110,9 +136,7 @@ def check_consistency(gate: Gate, exact: Runner, embeds: Mapping[str, Array], li
         whole, last = (_logits(exact, longest, keep) for keep in (0, 1))
         gate.close("decoder/keep_last", PART, "lowering", whole[:, -1:], last, limit)
     with gate.guard("decoder/cache", PART, "lowering"):
-        gate.close(
-            "decoder/cache", PART, "lowering", _logits(exact, longest, 0), _token_by_token(exact, longest), limit
-        )
+        gate.close("decoder/cache", PART, "lowering", _logits(exact, longest, 0), continued(exact, longest), limit)
     shortest = min(sequences, key=lambda s: s.shape[1])
     if not left_pad:
         _padding_guard(gate, exact, [shortest, longest])
@@ -245,15 +269,6 @@ def _steps(runner: Runner, embed: Embed, prompt: Array, tokens: list[int], steps
     for step in range(steps):
         ids = np.array([[tokens[step]]], dtype=np.int64)
         yield runner.decode(embed(ids), cache)[0, -1]
-
-
-def _token_by_token(runner: Runner, sequence: Array) -> Array:
-    """Logits ``[1, tokens, vocab]`` with the first half in one prefill and the rest one token at a time."""
-    half = max(sequence.shape[1] // 2, sequence.shape[1] - DECODE_STEPS)
-    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
-    rows = [logits]
-    rows += [runner.decode(sequence[:, i : i + 1], cache) for i in range(half, sequence.shape[1])]
-    return np.concatenate(rows, axis=1)
 
 
 def _pad(rows: list[Array], side: str) -> tuple[Array, Ids]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from vlmexport.verify.parts import merged_inputs
 from vlmexport.verify.questions import is_correct
 from vlmexport.verify.result import QuantizationSummary, Question, TaskAccuracy
 
+# Runner, prompts and answers to the logits that predict each answer.
+Forced: TypeAlias = Callable[[Runner, Sequence[Array], Sequence[list[int]]], Iterator[Array]]
 _LOGIT_BYTES = 256 << 20
 _MAX_BATCH = 16
 
@@ -80,6 +83,37 @@ class Answers:
         )
 
 
+def answers_in_one_prompt(runner: Runner, rows: Sequence[Array], answers: Sequence[list[int]]) -> Iterator[Array]:
+    """Logits ``[answer tokens, vocab]`` that predict each answer, teacher-forced in one padded batch."""
+    longer = []
+    for row, answer in zip(rows, answers, strict=True):
+        fed = runner.embed(np.array([answer[:-1]], dtype=np.int64)) if len(answer) > 1 else row[:, :0]
+        longer.append(np.concatenate([row, fed.astype(row.dtype)], axis=1))
+    keep = max(len(answer) for answer in answers)
+    if min(row.shape[1] for row in longer) < keep:  # a short prompt beside a long answer: one count does not fit all
+        for row, answer in zip(longer, answers, strict=True):
+            yield runner.prefill(*pad_rows([row]), len(answer))[0][0]
+        return
+    logits, _ = runner.prefill(*pad_rows(longer), keep)
+    for index, answer in enumerate(answers):
+        yield logits[index, -len(answer) :]
+
+
+def answers_by_step(runner: Runner, rows: Sequence[Array], answers: Sequence[list[int]]) -> Iterator[Array]:
+    """The same, but as answers are made: the prompts in one call, every answer token in a decode step of its own.
+
+    For exports whose prompts run other weights than their steps.
+    """
+    steps = max(len(answer) for answer in answers)
+    logits, cache = runner.prefill(*pad_rows(rows), 1, reserve=steps)
+    kept = [logits[:, -1]]
+    for step in range(steps - 1):
+        tokens = np.array([[answer[min(step, len(answer) - 1)]] for answer in answers], dtype=np.int64)
+        kept.append(runner.decode(runner.embed(tokens), cache)[:, -1])
+    for index, answer in enumerate(answers):
+        yield np.stack([logits[index] for logits in kept[: len(answer)]])
+
+
 def collect_answers(
     original: Runner,
     shipped: Runner,
@@ -87,10 +121,11 @@ def collect_answers(
     decode_text: Callable[[list[int]], str],
     max_new_tokens: int,
     vocab_size: int,
+    forced: Forced = answers_in_one_prompt,
 ) -> Answers:
     """Let both sides answer every item greedily, then compare their distributions on the original's answer.
 
-    `decode_text` turns token ids into text without special tokens.
+    `decode_text` turns token ids into text without special tokens; `forced` is how `shipped` is fed the answer.
     """
     found = Answers()
     for batch in _batches(items, max_new_tokens, vocab_size):
@@ -103,10 +138,8 @@ def collect_answers(
                 if item.answers:
                     original_hit, hit = (is_correct(decode_text(t), item.answers) for t in (right, answer))
                     found.hits.append((item.task, original_hit, hit))
-        reference_logits = _answer_logits(original, theirs, wanted)
-        for reference, logits, tokens in zip(
-            reference_logits, _answer_logits(shipped, ours, wanted), wanted, strict=True
-        ):
+        reference_logits = answers_in_one_prompt(original, theirs, wanted)
+        for reference, logits, tokens in zip(reference_logits, forced(shipped, ours, wanted), wanted, strict=True):
             found.add(reference, logits, np.array(tokens, dtype=np.int64))
     return found
 
@@ -153,22 +186,6 @@ def pad_rows(rows: Sequence[Array]) -> tuple[Array, NDArray[np.int64]]:
         embeds[index, : row.shape[1]] = row[0]
         mask[index, : row.shape[1]] = 1
     return embeds, mask
-
-
-def _answer_logits(runner: Runner, rows: Sequence[Array], answers: Sequence[list[int]]) -> Iterator[Array]:
-    """Logits ``[answer tokens, vocab]`` that predict each answer, teacher-forced in one padded batch."""
-    longer = []
-    for row, answer in zip(rows, answers, strict=True):
-        fed = runner.embed(np.array([answer[:-1]], dtype=np.int64)) if len(answer) > 1 else row[:, :0]
-        longer.append(np.concatenate([row, fed.astype(row.dtype)], axis=1))
-    keep = max(len(answer) for answer in answers)
-    if min(row.shape[1] for row in longer) < keep:  # a short prompt beside a long answer: one count does not fit all
-        for row, answer in zip(longer, answers, strict=True):
-            yield runner.prefill(*pad_rows([row]), len(answer))[0][0]
-        return
-    logits, _ = runner.prefill(*pad_rows(longer), keep)
-    for index, answer in enumerate(answers):
-        yield logits[index, -len(answer) :]
 
 
 def _batches(items: Sequence[Item], max_new_tokens: int, vocab_size: int) -> Iterator[list[Item]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmexport.manifest import Manifest, file_sha256
+from vlmexport.manifest import FOLDED_NAME, Artifact, Manifest, file_sha256
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.torch import TorchRunner
 
@@ -44,16 +44,28 @@ class Reference:
         return [frozenset(found) for found in names.values()]
 
     def with_exported_weights(
-        self, codes: Mapping[str, QuantizedTensor], manifest: Manifest
+        self, codes: Mapping[str, QuantizedTensor], artifact: Artifact
     ) -> AbstractContextManager[None]:
         """Within the ``with`` block the model runs the weights that the export stores.
 
-        Quantized ones are the dequantized codes; kept ones that the manifest calls float16 are rounded to it.
+        Quantized ones are the dequantized codes; floats that calibration changed come from the export's own file of
+        them; kept ones that the manifest calls float16 are rounded to it.
         """
+        manifest, folded = artifact.manifest, _folded(artifact)
         known = dict(self.vlm.model.named_parameters(remove_duplicate=False))
         halves = [kept.name for kept in manifest.unquantized if kept.dtype in _HALF_NAMES and kept.name in known]
-        weights = {name: known[name].detach().to(torch.float16).float() for name in halves}
+        stored = {**{name: known[name].detach() for name in halves}, **folded}
+        weights = {name: t.to(torch.float16).float() if name in halves else t for name, t in stored.items()}
         return self.runner.substituted({**weights, **{name: codes[name].dequantize() for name in codes}})
+
+
+def _folded(artifact: Artifact) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    if FOLDED_NAME not in artifact.manifest.files:
+        return {}
+    found: dict[str, torch.Tensor] = load_file(artifact.path / FOLDED_NAME)
+    return found
 
 
 def load_reference(model: str, *, trust_remote_code: bool = False) -> Reference:

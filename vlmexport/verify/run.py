@@ -16,9 +16,12 @@ from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.tensor import QuantizedTensor
+from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
+from vlmexport.runtime.sessions import SessionSettings
+from vlmexport.runtime.torch import TorchRunner
 from vlmexport.target import Target, load_target
-from vlmexport.verify import parts
+from vlmexport.verify import kv_cache, parts, prefill
 from vlmexport.verify.codes import account, read_codes, unrecorded_matrices
 from vlmexport.verify.decoder import (
     DecoderLimits,
@@ -26,10 +29,18 @@ from vlmexport.verify.decoder import (
     LoweringTotals,
     check_consistency,
     check_lowering,
+    in_two_prompts,
+    token_by_token,
 )
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.prompts import Prompts, answer_items, build_prompts
-from vlmexport.verify.quantization import Answers, collect_answers, judge_quantization
+from vlmexport.verify.quantization import (
+    Answers,
+    answers_by_step,
+    answers_in_one_prompt,
+    collect_answers,
+    judge_quantization,
+)
 from vlmexport.verify.questions import Amount, Question, load_questions, sample
 from vlmexport.verify.reference import Reference, changed_source_files, load_reference
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
@@ -61,12 +72,16 @@ _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of the gate: what is judged, by which limits, and where the checks go."""
+    """One run of the gate: what is judged, by which limits, and where the checks go.
+
+    `exact` runs without the runtime's roundings, `rounded` only with that of an INT8 cache, `shipped` with all.
+    """
 
     gate: Gate
     artifact: Artifact
     target: Target
     exact: Runner
+    rounded: OnnxRunner
     shipped: Runner
     decoder_is_half: bool
 
@@ -120,16 +135,16 @@ def _prepare(gate: Gate, artifact: Artifact, target: Target, threads: int) -> _R
     """Runners on the target's provider, or on the CPU with a check that says the provider was not there."""
     import onnxruntime
 
-    from vlmexport.runtime.ort import OnnxRunner
-
     provider = target.provider
     if provider not in onnxruntime.get_available_providers():
         reason = f"onnxruntime has no {provider} here; the graphs were judged on the CPU"
         gate.not_run("runtime/provider", "runtime", "lowering", reason)
         provider = _CPU
-    exact, shipped = (OnnxRunner(artifact, threads=threads, exact=exact, provider=provider) for exact in (True, False))
+    exact = OnnxRunner(artifact, threads=threads, exact=True, float_cache=True, provider=provider)
+    rounded = OnnxRunner(artifact, threads=threads, exact=True, provider=provider)
+    shipped = OnnxRunner(artifact, threads=threads, provider=provider)
     half = str(artifact.manifest.model.get("decoder_dtype")) in ("fp16", "float16")
-    return _Run(gate, artifact, target, exact, shipped, half)
+    return _Run(gate, artifact, target, exact, rounded, shipped, half)
 
 
 def _reference(artifact: Artifact, model: str | None, *, trust_remote_code: bool) -> tuple[Reference | None, str]:
@@ -153,7 +168,7 @@ def _judge(
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()
     wanted = {p.name: parts.merged_inputs(reference.runner, p.reference) for p in prompts.probes if p.reference}
-    with reference.with_exported_weights(codes, run.artifact.manifest):
+    with reference.with_exported_weights(codes, run.artifact):
         _check_parts(run, reference, prompts)
         totals = _check_decoder(run, reference, wanted)
     parts.check_merged(run.gate, prompts.probes, run.shipped, wanted, run.target.parity)
@@ -168,12 +183,12 @@ def _judge(
 def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedTensor]:
     """Signatures, codes and accounting: what the files say before anything runs."""
     gate, artifact = run.gate, run.artifact
-    kv = artifact.manifest.model["kv"]
-    geometry = reference.vlm.facts.kv if reference else KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+    geometry = reference.vlm.facts.kv if reference else _manifest_geometry(artifact)
     check_structure(gate, artifact, geometry)
     codes: dict[str, QuantizedTensor] = {}
     with gate.guard("decoder/codes", "decoder", "lowering"):
         codes, faults = read_codes(artifact)
+        faults += prefill.prompt_codes(artifact)[1]
         faults += unrecorded_matrices(artifact)
         name = f"codes/{faults[0].weight}" if faults else "codes/all"
         part = faults[0].part if faults else "decoder"
@@ -184,6 +199,11 @@ def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedT
         changed = changed_source_files(artifact.manifest, reference.vlm.path)
         gate.verdict("model/source", "model", "lowering", changed, "files that differ")
     return codes
+
+
+def _manifest_geometry(artifact: Artifact) -> KVGeometry:
+    kv = artifact.manifest.model["kv"]
+    return KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
 
 
 def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
@@ -197,13 +217,33 @@ def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array])
     """The lowering of the decoder, both sides fed the original's embeddings in the graph's own precision."""
     rounded = _round_half if run.decoder_is_half else _unchanged
     embeds = {name: rounded(array) for name, array in wanted.items()}
-    subjects = DecoderSubjects(
-        run.exact, run.shipped, reference.runner, lambda ids: rounded(reference.runner.embed(ids))
-    )
+    runner = _branches(run, reference)
+    subjects = DecoderSubjects(run.exact, run.shipped, runner, lambda ids: rounded(reference.runner.embed(ids)))
     limits = DecoderLimits(run.exact_rel, run.target.parity.lowering_shipped_kl)
     totals = check_lowering(run.gate, subjects, embeds, limits)
-    check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=_takes_left_padding(run.artifact))
+    if kv_cache.is_quantized(run.artifact):
+        geometry = reference.vlm.facts.kv
+        if scales := kv_cache.check_scales(run.gate, run.artifact, geometry):
+            kv_cache.check_kv_cache(run.gate, run.rounded, runner, scales, embeds, subjects.embed, run.exact_rel)
+    _check_consistency(run, embeds)
     return totals
+
+
+def _branches(run: _Run, reference: Reference) -> TorchRunner:
+    """The reference's runner, with the prompt graph's own weights for prompts where there is one."""
+    if not prefill.has_prompt_graph(run.artifact):
+        return reference.runner
+    return prefill.PromptReference(reference, prefill.prompt_codes(run.artifact)[0])
+
+
+def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
+    split = prefill.has_prompt_graph(run.artifact)
+    left, continued = _takes_left_padding(run.artifact), in_two_prompts if split else token_by_token
+    check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=left, continued=continued)
+    if split:
+        first, geometry = next(iter(embeds.values())), _manifest_geometry(run.artifact)
+        settings = SessionSettings(run.rounded.settings.threads)
+        prefill.check_products(run.gate, run.artifact, settings, geometry, first, run.exact_rel)
 
 
 def _check_quantization(
@@ -219,6 +259,7 @@ def _check_quantization(
             prompts.decode_text,
             _SCORED_TOKENS if asked else _UNSCORED_TOKENS,
             reference.vlm.facts.vocab_size,
+            answers_by_step if prefill.has_prompt_graph(run.artifact) else answers_in_one_prompt,
         )
         summary = judge_quantization(run.gate, answers, run.target.parity)
     return answers, summary
@@ -228,13 +269,17 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
     """What can be judged without the original model; everything else is named as not run."""
     for name, part, side in _NEEDS_REFERENCE:
         run.gate.not_run(name, part, side, reason)
+    if kv_cache.is_quantized(run.artifact):
+        kv_cache.check_scales(run.gate, run.artifact, _manifest_geometry(run.artifact))
+        for name in kv_cache.CHECKS:
+            run.gate.not_run(name, "decoder", "lowering", reason)
     if scored:
         run.gate.not_run("quantization/accuracy", "model", "quantization", reason)
     embeds = {}
     with run.gate.guard("model/merged_inputs_run", "model", "lowering"):
         embeds = {p.name: parts.merged_inputs(run.shipped, p.exported) for p in prompts.probes}
     if embeds:
-        check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=_takes_left_padding(run.artifact))
+        _check_consistency(run, embeds)
 
 
 def _takes_left_padding(artifact: Artifact) -> bool:
@@ -298,6 +343,7 @@ def _runtime_facts(
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
         "reference": reference.vlm.source if reference else None,
+        "reference_codes": reference.vlm.quantized.summary if reference and reference.vlm.quantized else None,
         "questions": questions,
         "seconds": round(seconds, 2),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmexport.manifest import Artifact, TensorSpec
+from vlmexport.manifest import PREFILL_PART, Artifact, TensorSpec
 from vlmexport.model.kv import KVGeometry
 from vlmexport.split.parts import Role
 from vlmexport.verify.gates import Gate
@@ -15,16 +15,21 @@ _LAYER_DIMS = 4
 def check_structure(gate: Gate, artifact: Artifact, kv: KVGeometry) -> None:
     """One check per part, ``<part>/signature``: names, dtypes and dims against the contract and the manifest.
 
+    A prompt graph takes and gives what the decoder does.
+
     `kv` is the cache geometry that the decoder must have: of the original model where it is at hand, since the manifest
     may be wrong in the same way as the graph.
     """
-    for role in Role:
-        with gate.guard(f"{role}/signature", role, "lowering"):
-            if role not in artifact.manifest.parts:
-                gate.verdict(f"{role}/signature", role, "lowering", ["the export has no such part"], "faults")
+    roles: dict[str, Role] = {str(role): role for role in Role}
+    if PREFILL_PART in artifact.manifest.parts or "prefill" in artifact.manifest.model:
+        roles[PREFILL_PART] = Role.DECODER
+    for part, role in roles.items():
+        with gate.guard(f"{part}/signature", part, "lowering"):
+            if part not in artifact.manifest.parts:
+                gate.verdict(f"{part}/signature", part, "lowering", ["the export has no such part"], "faults")
                 continue
-            faults = _signature_faults(artifact, role, kv)
-            gate.verdict(f"{role}/signature", role, "lowering", faults, "faults")
+            faults = _signature_faults(artifact, part, role, kv)
+            gate.verdict(f"{part}/signature", part, "lowering", faults, "faults")
 
 
 def graph_signature(path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -52,16 +57,16 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
     return inputs, {"logits", *(f"present.{k}" for k in kinds)}
 
 
-def _signature_faults(artifact: Artifact, role: Role, kv: KVGeometry) -> list[str]:
-    inputs, outputs = graph_signature(artifact.part_path(role))
+def _signature_faults(artifact: Artifact, part: str, role: Role, kv: KVGeometry) -> list[str]:
+    inputs, outputs = graph_signature(artifact.part_path(part))
     need_inputs, need_outputs = required_names(role, artifact, kv)
     faults = [f"input {name} is missing" for name in sorted(need_inputs - inputs.keys())]
     faults += [f"output {name} is missing" for name in sorted(need_outputs - outputs.keys())]
-    recorded = artifact.manifest.parts[role]
+    recorded = artifact.manifest.parts[part]
     faults += _against_manifest("input", inputs, recorded.inputs)
     faults += _against_manifest("output", outputs, recorded.outputs)
     if role is Role.DECODER:
-        faults += _cache_faults({**inputs, **outputs}, kv)
+        faults += _cache_faults({**inputs, **outputs}, kv, str(artifact.manifest.model["kv"]["dtype"]))
     return faults
 
 
@@ -82,7 +87,7 @@ def _static_dims_differ(one: TensorSpec, other: TensorSpec) -> bool:
     return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
 
 
-def _cache_faults(specs: dict[str, TensorSpec], kv: KVGeometry) -> list[str]:
+def _cache_faults(specs: dict[str, TensorSpec], kv: KVGeometry, dtype: str) -> list[str]:
     faults = []
     for name, spec in specs.items():
         if not name.startswith(("past_key_values.", "present.")):
@@ -91,6 +96,8 @@ def _cache_faults(specs: dict[str, TensorSpec], kv: KVGeometry) -> list[str]:
         good = len(dims) == _LAYER_DIMS and (dims[1], dims[3]) == (kv.heads, kv.head_dim)
         if not good or (name.startswith("past") and dims[0] != "batch_size"):
             faults.append(f"{name} has dims {list(dims)}, expected [batch_size, {kv.heads}, length, {kv.head_dim}]")
+        if spec.dtype != dtype:
+            faults.append(f"{name} is {spec.dtype}, the manifest's cache {dtype}")
     return faults
 
 

@@ -21,6 +21,7 @@ from vlmexport.model.load import VLM, load_vlm
 from vlmexport.plan import OnnxOptions, plan_export
 from vlmexport.progress import SilentProgress
 from vlmexport.quantize.rtn import quantize_rtn
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.capture import split_model
 from vlmexport.split.names import weight_names
 from vlmexport.split.parts import Role, Split
@@ -57,8 +58,9 @@ def lower(model: Model, options: OnnxOptions, **changes: Any) -> DecoderGraph:
     target = load_target("cpu")
     target = dataclasses.replace(target, onnx=dataclasses.replace(target.onnx, **changes))
     plan = plan_export(model.vlm, model.split, target, options)
+    weights = DecoderWeights(weight_names(model.vlm.model, model.part.module), plan.schemes)
     with mock.patch.object(decoder, "trace_decoder", _trace_once):
-        return decoder.lower_decoder(model.vlm, model.part, plan, target, repeat=repeat)
+        return decoder.lower_decoder(model.vlm, model.part, plan, target, weights, repeat=repeat)
 
 
 @functools.cache

@@ -129,7 +129,7 @@ def test_quantized_decoder_is_pytorch_on_the_dequantized_codes(
 
 
 def test_the_graph_is_in_the_runtime_s_own_words(model: Model) -> None:
-    graph = decoding.lower(model, OnnxOptions())
+    graph = decoding.lower(model, OnnxOptions(scheme=QuantScheme()))
     layers = model.vlm.facts.kv.layers
     count = {op: sum(n.op_type == op for n in graph.model.graph) for op in ("GroupQueryAttention", "MatMulNBits")}
     # q, k and v in one matrix, o, gate, up, down; and the LM head.

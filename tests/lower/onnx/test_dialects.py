@@ -18,6 +18,7 @@ from vlmexport.lower.onnx.dialects.standard import StandardDialect
 from vlmexport.lower.onnx.linear import LinearEmitter
 from vlmexport.lower.onnx.rotary import Rotary, rotate
 from vlmexport.plan import ExportPlan, OnnxOptions
+from vlmexport.quantize.weights import DecoderWeights
 
 HEADS, KV, DIM, HIDDEN = 4, 2, 32, 128
 LIMITS = {ir.DataType.FLOAT: 2e-6, ir.DataType.FLOAT16: 4e-3}
@@ -30,7 +31,7 @@ def tables(interleaved: bool) -> Rotary:
 
 
 def emitter(kind: ir.DataType) -> LinearEmitter:
-    return LinearEmitter({}, ExportPlan("none", OnnxOptions(), "fp16", "fp32", ()), kind, 0)
+    return LinearEmitter(DecoderWeights({}), ExportPlan("none", OnnxOptions(), "fp16", "fp32", ()), kind, 0)
 
 
 def typed(name: str, kind: ir.DataType, dims: list[int | str]) -> ir.Value:

@@ -8,8 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from vlmexport.errors import BadInputError
-from vlmexport.lower.onnx.packing import block_size, pack_bits, pack_matmul_nbits
+from vlmexport.lower.onnx.packing import pack_bits, pack_matmul_nbits
 from vlmexport.quantize.rtn import quantize_rtn
 from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.tensor import QuantizedTensor
@@ -80,11 +79,3 @@ def test_the_first_value_is_in_the_lowest_bits() -> None:
     assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
     assert pack_bits(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2).tolist() == [0b00111001, 1]
     assert pack_bits(torch.tensor([7, 200], dtype=torch.uint8), 8).tolist() == [7, 200]
-
-
-def test_one_group_per_row_becomes_the_widest_block_that_divides() -> None:
-    assert block_size(576, -1) == 64
-    assert block_size(4096, -1) == 256
-    assert block_size(4096, 128) == 128
-    with pytest.raises(BadInputError, match="72 input features"):
-        block_size(72, -1)

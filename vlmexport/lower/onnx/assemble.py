@@ -25,6 +25,8 @@ class AttentionCall:
     """One attention of the graph under construction: inputs ``[B, heads, S, head_dim]`` and its settings.
 
     `packed` is set when q, k and v come straight from linears on one input: their stacked product ``[B, S, (N+2K)*D]``.
+    `key_weight` and `value_weight` name the linear that k and v come straight from (None: something is in between),
+    `value_makers` all linears that v depends on through no other linear.
     """
 
     query: ir.Value
@@ -39,6 +41,10 @@ class AttentionCall:
     window: int
     past_key: ir.Value
     past_value: ir.Value
+    layer: int = 0
+    key_weight: str | None = None
+    value_weight: str | None = None
+    value_makers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Dialect(Protocol):
     opset: int
     needs_position_ids: bool
     packs_qkv: bool
+
+    @property
+    def cache_type(self) -> ir.DataType | None:
+        """Type of the cache's values; None for the activation type."""
+        ...
 
     def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
         """Emit what all layers share (lengths, masks, tables)."""
@@ -241,7 +252,7 @@ class DecoderAssembler:
         name = self._weight_name(node.attributes["weight"].as_string(), layer, kind)
         offset, epsilon = node.attributes["offset"].as_float(), node.attributes["epsilon"].as_float()
         x = self._new(node.inputs[0])
-        weight = self.linears.constant(name, self.linears.tensors[name].float() + offset, x.dtype)
+        weight = self.linears.constant(name, self.linears.weights.tensor(name).float() + offset, x.dtype)
         normed, again = self.dialect.rms_norm(self.tape, x, weight, epsilon)
         if again is not None:
             again.name, again.type, again.shape = f"{x.name}.sum", x.type, x.shape
@@ -265,6 +276,10 @@ class DecoderAssembler:
             window=node.attributes["window"].as_int(),
             past_key=past[0],
             past_value=past[1],
+            layer=layer,
+            key_weight=self._weight_behind(key, layer, kind),
+            value_weight=self._weight_behind(value, layer, kind),
+            value_makers=tuple(self._linear_ref(n, layer, kind).weight for n in _linears_before(value)),
         )
         result = self.dialect.attention(self.tape, call)
         self._present(result.present_key, past[0], f"present.{layer}.key")
@@ -283,6 +298,10 @@ class DecoderAssembler:
         self.flat[traced] = flat
         shape = self.tape.initializer(ir.tensor([0, 0, heads, head_dim], name=f"{prefix}{traced.name}.shape"))
         self._define(traced, self.tape.op("Reshape", [flat, shape]), prefix)
+
+    def _weight_behind(self, value: ir.Value, layer: int, kind: int) -> str | None:
+        linear = _linear_behind(value)
+        return None if linear is None else self._linear_ref(linear, layer, kind).weight
 
     def _packed(self, node: ir.Node, layer: int, kind: int) -> ir.Value | None:
         linears = [_linear_behind(v) for v in node.inputs]
@@ -316,8 +335,8 @@ def assemble_decoder(
     past_dims: list[int | str] = ["batch_size", kv.heads, "past_sequence_length", kv.head_dim]
     pasts = [
         (
-            _graph_input(f"past_key_values.{i}.key", kind, past_dims),
-            _graph_input(f"past_key_values.{i}.value", kind, past_dims),
+            _graph_input(f"past_key_values.{i}.key", dialect.cache_type or kind, past_dims),
+            _graph_input(f"past_key_values.{i}.value", dialect.cache_type or kind, past_dims),
         )
         for i in range(kv.layers)
     ]
@@ -329,7 +348,7 @@ def assemble_decoder(
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["batch_size", "kept_length", head.out_features])
     if not dialect.needs_position_ids:
-        del inputs["position_ids"]
+        _take_sizes_from(inputs["inputs_embeds"], inputs.pop("position_ids"))
     return _model(build, [*inputs.values(), *(v for pair in pasts for v in pair)], [logits, *build.presents])
 
 
@@ -345,6 +364,13 @@ def _model(build: DecoderAssembler, inputs: list[ir.Value], outputs: list[ir.Val
     model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vlmexport")
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _take_sizes_from(embeds: ir.Value, positions: ir.Value) -> None:
+    """Let nodes that ask for the size of `positions` ``[B, S]`` ask `embeds` ``[B, S, H]``: the trace asks either."""
+    for node, index in list(positions.uses()):
+        if node.op_type == "Shape":
+            node.replace_input_with(index, embeds)
 
 
 def _keep_positions(tape: Tape, hidden: ir.Value, count: ir.Value, last: ir.Value) -> ir.Value:
@@ -378,6 +404,23 @@ def _static(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise UnsupportedModelError(f"attention input {value.name} has no fixed size on axis {axis}")
     return size
+
+
+def _linears_before(value: ir.Value | None) -> list[ir.Node]:
+    """The Linears that `value` depends on through no other Linear."""
+    found: list[ir.Node] = []
+    waiting, seen = [value], set[ir.Node]()
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.domain == DOMAIN and node.op_type == "Linear":
+            found.append(node)
+        else:
+            waiting.extend(node.inputs)
+    return found
 
 
 def _linear_behind(value: ir.Value | None) -> ir.Node | None:

@@ -18,8 +18,9 @@ from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.decoder import DecoderPart
-from vlmexport.split.names import module_path, weight_names
+from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part
 from vlmexport.target import Target
 
@@ -32,15 +33,24 @@ _STANDARD_OPSET = 23
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """The decoder's graph without its large weights, and the emitter whose groups make them."""
+    """The decoder's graph without its large weights, and the emitter whose groups make them.
+
+    `traced` is what it was assembled from.
+    `cache_scales` are those of an INT8 cache, in the order of `scales_digest`; empty for a cache of floats.
+    """
 
     model: ir.Model
     linears: LinearEmitter
+    traced: TracedDecoder
+    cache_scales: tuple[torch.Tensor, ...] = ()
 
 
-def lower_decoder(vlm: VLM, part: Part, plan: ExportPlan, target: Target, *, repeat: bool = True) -> DecoderGraph:
+def lower_decoder(
+    vlm: VLM, part: Part, plan: ExportPlan, target: Target, weights: DecoderWeights, *, repeat: bool = True
+) -> DecoderGraph:
     """The decoder graph of docs/manifest.md in the dialect that ``plan.options.attention`` names.
 
+    `weights` gives the codes and floats to store.
     `repeat` False traces every layer instead of one of each kind. Raises `UnsupportedModelError` when the decoder has
     no form in that dialect, or when a weight would be neither in the graph nor in the embedding.
     """
@@ -50,22 +60,25 @@ def lower_decoder(vlm: VLM, part: Part, plan: ExportPlan, target: Target, *, rep
     gqa = plan.options.attention == "gqa"
     traced = trace_decoder(vlm.model, module, fuse_rotary=gqa, repeat=repeat)
     kind = FLOAT_TYPES[plan.decoder_dtype]
-    wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part)
-    linears = LinearEmitter(weight_names(vlm.model, module), plan, kind, target.onnx.accuracy_level, wide)
-    head = _head(vlm, module)
-    graph = assemble_decoder(
-        traced, vlm.facts.kv, vlm.facts.hidden_size, head, _dialect(traced, linears, target), linears
-    )
-    return DecoderGraph(graph, linears)
+    wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part, weights)
+    linears = LinearEmitter(weights, plan, kind, target.onnx.accuracy_level, wide)
+    head = lm_head(vlm, module)
+    dialect = choose_dialect(traced, linears, target)
+    graph = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears)
+    return DecoderGraph(graph, linears, traced, _cache_scales(dialect))
 
 
-def wide_linears(vlm: VLM, part: Part) -> frozenset[str]:
-    """Weights of decoder linears whose output on the part's examples comes near the range of float16."""
+def wide_linears(vlm: VLM, part: Part, weights: DecoderWeights) -> frozenset[str]:
+    """Weights of decoder linears whose output on the part's examples comes near the range of float16.
+
+    Outputs are those of the stored weights: a fold that scales a linear's rows scales them too.
+    """
     peaks: dict[str, float] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def keep(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-            peaks[name] = max(peaks.get(name, 0.0), float(out.abs().max()))
+            rows = weights.folds[name].rows if name in weights.folds else None
+            peaks[name] = max(peaks.get(name, 0.0), float((out if rows is None else out * rows).abs().max()))
 
         return keep
 
@@ -81,13 +94,20 @@ def wide_linears(vlm: VLM, part: Part) -> frozenset[str]:
     return frozenset(name for name, peak in peaks.items() if not peak <= FP16_SAFE)
 
 
-def _dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> Dialect:
+def choose_dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> Dialect:
+    """The dialect that says what was traced: `OrtDialect` where the rotary embedding was taken out."""
     if traced.rotary is not None:
-        return OrtDialect(traced.rotary, linears, target.onnx.opset)
+        return OrtDialect(traced.rotary, linears, target.onnx.opset, linears.weights.cache_peaks)
     return StandardDialect(max(_STANDARD_OPSET, target.onnx.opset))
 
 
-def _head(vlm: VLM, module: DecoderPart) -> LinearRef:
+def _cache_scales(dialect: Dialect) -> tuple[torch.Tensor, ...]:
+    found = dialect.cache_scales if isinstance(dialect, OrtDialect) else {}
+    return tuple(scale for layer in sorted(found) for scale in found[layer])
+
+
+def lm_head(vlm: VLM, module: DecoderPart) -> LinearRef:
+    """The LM head; raises `UnsupportedModelError` when it is not a linear layer."""
     head = module.head
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(

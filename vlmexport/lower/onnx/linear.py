@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +11,15 @@ import torch
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import BadInputError
-from vlmexport.lower.onnx.packing import block_size, pack_matmul_nbits
+from vlmexport.lower.onnx.bnb4 import bnb4_initializers, bnb4_product, pack_bnb4
+from vlmexport.lower.onnx.packing import pack_matmul_nbits
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import QuantizedMember, QuantizedRecord
 from vlmexport.plan import ExportPlan, WeightPlan
-from vlmexport.quantize.rtn import quantize_rtn
+from vlmexport.quantize.blocks import block_size
+from vlmexport.quantize.registry import algorithm
 from vlmexport.quantize.tensor import QuantizedTensor, stack_rows
+from vlmexport.quantize.weights import DecoderWeights
 
 MICROSOFT = "com.microsoft"
 _NUMPY: dict[ir.DataType, type[np.generic]] = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
@@ -36,16 +39,17 @@ class LinearRef:
 class LinearEmitter:
     """Emits linear layers as the plan says, and collects the weight groups that the nodes need.
 
-    `tensors` are the model's parameters by whole-model name, `float_type` the decoder's activation type. `wide` are
-    weights whose products leave the range of float16: with a float16 activation type they are computed and handed on in
-    float32. After the groups have been produced, `records` says which codes went into which initializer.
+    `weights` are the decoder's codes and floats by whole-model name, `float_type` the decoder's activation type. `wide`
+    are weights whose products leave the range of float16: with a float16 activation type they are computed and handed
+    on in float32. After the groups were produced, `records` says which codes went into which initializer of `part`.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    weights: DecoderWeights
     plan: ExportPlan
     float_type: ir.DataType
     accuracy_level: int
     wide: frozenset[str] = frozenset()
+    part: str = "decoder"
     groups: list[WeightGroup] = field(default_factory=list)
     records: list[QuantizedRecord] = field(default_factory=list)
 
@@ -82,16 +86,20 @@ class LinearEmitter:
         scheme = self._planned(members[0]).scheme
         if scheme is None:
             raise ValueError(f"{name}: planned to be quantized without a scheme")
+        method = algorithm(scheme.algorithm)
+        if method.codebook:
+            return self._bnb4(tape, x, members, name, scheme.group_size)
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         block = block_size(columns, scheme.group_size)
         blocks = columns // block
+        stored = ir.DataType.FLOAT if method.wide_scales else _dtype(x)
         values = [
             initializer(f"{name}.codes", ir.DataType.UINT8, (rows, blocks, block * scheme.bits // 8)),
-            initializer(f"{name}.scale", _dtype(x), (rows, blocks)),
+            initializer(f"{name}.scale", stored, (rows, blocks)),
         ]
         if not scheme.symmetric:
             values.append(initializer(f"{name}.zero_point", ir.DataType.UINT8, (rows, -(-blocks * scheme.bits // 8))))
-        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name, _dtype(x))))
+        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name, stored, _dtype(x))))
         attributes = {
             "K": columns,
             "N": rows,
@@ -99,43 +107,76 @@ class LinearEmitter:
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
-        inputs: list[ir.Value | None] = [x, *values]
+        inputs: list[ir.Value | None] = [x, values[0], cast(tape, values[1], _dtype(x)), *values[2:]]
         bias = self._bias(members, name, _dtype(x))
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
         return tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
-    def _make_codes(self, members: tuple[LinearRef, ...], name: str, kind: ir.DataType) -> tuple[np.ndarray, ...]:
-        tensors = [self._quantize(m) for m in members]
-        ends = np.cumsum([t.shape[0] for t in tensors]).tolist()
+    def _make_codes(
+        self, members: tuple[LinearRef, ...], name: str, stored: ir.DataType, computed: ir.DataType
+    ) -> tuple[np.ndarray, ...]:
+        tensors = [self._quantize(m, stored) for m in members]
         stacked = stack_rows(tensors)
-        packed = pack_matmul_nbits(stacked, _NUMPY[kind])
-        if not np.isfinite(packed.scale).all():
-            raise BadInputError(
-                f"{name}: a scale overflows FP16; keep this layer with --keep or use --decoder-dtype fp32"
-            )
+        _check_scale(stacked.scale.numpy(), computed, name)
+        packed = pack_matmul_nbits(stacked, _NUMPY[stored])
+        self._record(members, tensors, name, packed.block_size)
+        arrays = (packed.codes, packed.scale)
+        return arrays if packed.zero_point is None else (*arrays, packed.zero_point)
+
+    def _bnb4(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str, block: int) -> ir.Value:
+        rows, columns = sum(m.out_features for m in members), members[0].in_features
+        codes, absmax = bnb4_initializers(name, rows, columns, block)
+        self.groups.append(WeightGroup((codes, absmax), lambda: self._make_bnb4(members, name, _dtype(x))))
+        out = bnb4_product(tape, x, codes, cast(tape, absmax, _dtype(x)), (rows, columns), block)
+        bias = self._bias(members, name, _dtype(x))
+        return out if bias is None else tape.op("Add", [out, bias])
+
+    def _make_bnb4(self, members: tuple[LinearRef, ...], name: str, computed: ir.DataType) -> tuple[np.ndarray, ...]:
+        tensors = [self.weights.quantized(m.weight) for m in members]
+        stacked = stack_rows(tensors)
+        codes, absmax = pack_bnb4(stacked)
+        _check_scale(absmax, computed, name)
+        self._record(members, tensors, name, stacked.group_size, codebook="nf4")
+        return codes, absmax
+
+    def _record(
+        self,
+        members: tuple[LinearRef, ...],
+        tensors: list[QuantizedTensor],
+        name: str,
+        block: int,
+        codebook: str = "",
+    ) -> None:
+        ends = np.cumsum([t.shape[0] for t in tensors]).tolist()
         self.records.append(
             QuantizedRecord(
-                part="decoder",
+                part=self.part,
                 initializer=name,
-                bits=stacked.bits,
-                group_size=packed.block_size,
-                symmetric=stacked.zero_point is None,
-                in_features=stacked.shape[1],
+                bits=tensors[0].bits,
+                group_size=block,
+                symmetric=tensors[0].zero_point is None,
+                in_features=tensors[0].shape[1],
                 members=tuple(
                     QuantizedMember(m.weight, (end - t.shape[0], end), t.digest())
                     for m, t, end in zip(members, tensors, ends, strict=True)
                 ),
+                codebook=codebook,
             )
         )
-        arrays = (packed.codes, packed.scale)
-        return arrays if packed.zero_point is None else (*arrays, packed.zero_point)
 
-    def _quantize(self, member: LinearRef) -> QuantizedTensor:
-        scheme = self._planned(member).scheme
-        if scheme is None:
-            raise ValueError(f"{member.weight}: planned to be quantized without a scheme")
-        return quantize_rtn(self.tensors[member.weight], scheme, member.weight)
+    def _quantize(self, member: LinearRef, stored: ir.DataType) -> QuantizedTensor:
+        """The codes in the operator's blocks, with scales that the type `stored` holds.
+
+        A quantizer keeps float32 where a scale of the weight is subnormal in float16; an operator that computes in
+        float16 takes no other, and what it then means is what the records must say.
+        """
+        codes = self.weights.quantized(member.weight)
+        codes = codes.regrouped(block_size(codes.shape[1], codes.group_size))
+        if stored != ir.DataType.FLOAT16 or codes.scale.dtype == torch.float16:
+            return codes
+        _check_scale(codes.scale.numpy(), stored, member.weight)
+        return dataclasses.replace(codes, scale=codes.scale.to(torch.float16))
 
     def _dense(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str) -> ir.Value:
         stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else _dtype(x)
@@ -148,13 +189,13 @@ class LinearEmitter:
         return out if bias is None else tape.op("Add", [out, bias])
 
     def _dense_weight(self, members: tuple[LinearRef, ...], dtype: ir.DataType) -> np.ndarray:
-        parts = [checked_cast(m.weight, self.tensors[m.weight].t(), dtype) for m in members]
+        parts = [checked_cast(m.weight, self.weights.tensor(m.weight).t(), dtype) for m in members]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _bias(self, members: tuple[LinearRef, ...], name: str, kind: ir.DataType) -> ir.Value | None:
         if not any(m.bias for m in members):
             return None
-        rows = [self.tensors[m.bias].float() if m.bias else torch.zeros(m.out_features) for m in members]
+        rows = [self.weights.tensor(m.bias).float() if m.bias else torch.zeros(m.out_features) for m in members]
         return self.constant(f"{name}.bias", torch.cat(rows), kind)
 
 
@@ -171,6 +212,14 @@ def _dtype(value: ir.Value) -> ir.DataType:
     if value.dtype is None:
         raise ValueError(f"{value.name} has no type yet")
     return value.dtype
+
+
+def _check_scale(scale: np.ndarray, computed: ir.DataType, name: str) -> None:
+    """Refuse scales that leave the range of the type that the product computes in."""
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(scale.astype(_NUMPY[computed])).all()
+    if not finite:
+        raise BadInputError(f"{name}: a scale overflows FP16; keep this layer with --keep or use --decoder-dtype fp32")
 
 
 def checked_cast(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> np.ndarray:

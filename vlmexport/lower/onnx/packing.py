@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vlmexport.errors import BadInputError
+from vlmexport.quantize.blocks import block_size
 from vlmexport.quantize.tensor import QuantizedTensor
-
-_MIN_BLOCK, _MAX_BLOCK = 16, 256
 
 
 @dataclass(frozen=True)
@@ -21,21 +19,6 @@ class MatMulNBitsArrays:
     scale: np.ndarray
     zero_point: np.ndarray | None
     block_size: int
-
-
-def block_size(in_features: int, group_size: int) -> int:
-    """Block size for a group size: itself, or for one group per row the largest power of two that divides K.
-
-    MatMulNBits takes powers of two from 16 to 256; a wider group is expressed by repeating its scale. Raises
-    `BadInputError` when none divides K.
-    """
-    width = in_features if group_size == -1 else group_size
-    block = min(width & -width, _MAX_BLOCK)
-    if block < _MIN_BLOCK:
-        raise BadInputError(
-            f"a weight has {in_features} input features; MatMulNBits needs a block of {_MIN_BLOCK} or more that divides"
-        )
-    return block
 
 
 def pack_matmul_nbits(tensor: QuantizedTensor, scale_dtype: type[np.generic]) -> MatMulNBitsArrays:

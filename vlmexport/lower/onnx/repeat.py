@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vlmexport.lower.onnx.neutral import DOMAIN
-from vlmexport.lower.onnx.trace import layer_kinds
+from vlmexport.split.layers import layer_kinds, overridden
 from vlmexport.split.names import module_path
 
 _MIN_LAYERS = 3
@@ -43,7 +43,7 @@ def repeated_layers(model: nn.Module, root: nn.Module) -> Iterator[Repeats]:
             repeats.paths += [module_path(model, layer) for layer in layers]
             templates: dict[int, _Call] = {}
             for index, layer in enumerate(layers, start=offset):
-                stack.enter_context(_overridden(layer, _forward(layer, index, repeats.kinds[index], templates)))
+                stack.enter_context(overridden(layer, _forward(layer, index, repeats.kinds[index], templates)))
         yield repeats
 
 
@@ -138,15 +138,6 @@ def _forward(layer: nn.Module, index: int, kind: int, templates: dict[int, _Call
 
 def _emit(op: str, x: torch.Tensor, attributes: dict[str, Any]) -> torch.Tensor:
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{op}", [x], attributes, dtype=x.dtype, shape=list(x.shape), version=1)
-
-
-@contextmanager
-def _overridden(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
 
 
 def _find_region(graph: ir.Graph, kind: int, path: str) -> _Region:

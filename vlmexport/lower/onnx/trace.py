@@ -21,13 +21,12 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import neutral
 from vlmexport.lower.onnx.rotary import Rotary, probe_rotary
 from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.layers import find_layers, layer_kinds, overridden
 from vlmexport.split.names import module_path
-
-_NORM_PROBE_LIMIT = 1e-5
+from vlmexport.split.norms import rms_norm_of
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,6 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     return TracedDecoder(graph, kind_of, paths, rotary)
 
 
-def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The attribute and the list of the decoder's repeated layers.
-
-    Raises `UnsupportedModelError` when no direct child is a list of ``num_hidden_layers`` modules.
-    """
-    config: Any = decoder.config
-    count = config.get_text_config().num_hidden_layers
-    for name, child in decoder.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return name, child
-    raise UnsupportedModelError(
-        f"{type(decoder).__name__} has no list of {count} layers; its decoder cannot be repeated"
-    )
-
-
-def layer_kinds(layers: nn.ModuleList) -> tuple[int, ...]:
-    """For each layer the first layer that is alike in classes, settings and shapes (all but the layer's own index)."""
-    first: dict[Any, int] = {}
-    return tuple(first.setdefault(_layer_signature(layer, index), index) for index, layer in enumerate(layers))
-
-
-def _layer_signature(layer: nn.Module, index: int) -> tuple[Any, ...]:
-    rows = []
-    for path, module in layer.named_modules():
-        scalars = {
-            k: v
-            for k, v in vars(module).items()
-            if isinstance(v, int | float | bool | str | tuple | type(None)) and k not in ("layer_idx", "training")
-        }
-        shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
-        rows.append((path, type(module), repr(sorted(scalars.items())), repr(shapes)))
-    return tuple(rows)
-
-
 @contextmanager
 def _only_layers(decoder: nn.Module, attribute: str, indices: list[int]) -> Iterator[None]:
     layers = getattr(decoder, attribute)
@@ -110,7 +75,7 @@ def _only_layers(decoder: nn.Module, attribute: str, indices: list[int]) -> Iter
     text.num_hidden_layers = len(indices)
     with ExitStack() as stack:
         for i in indices:
-            stack.enter_context(_override(layers[i], _bracketed(layers[i], i)))
+            stack.enter_context(overridden(layers[i], _bracketed(layers[i], i)))
         try:
             yield
         finally:
@@ -131,26 +96,17 @@ def _bracketed(layer: nn.Module, index: int) -> Callable[..., Any]:
 
 
 @contextmanager
-def _override(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-
-
-@contextmanager
 def _neutral_modules(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
     paths = {id(m): path for path, m in model.named_modules()}
     with ExitStack() as stack:
         for module in decoder.modules():
             path = paths[id(module)]
             if isinstance(module, nn.Linear):
-                stack.enter_context(_override(module, _linear(module, path)))
+                stack.enter_context(overridden(module, _linear(module, path)))
             elif (norm := rms_norm_of(module)) is not None:
                 epsilon, offset = norm
                 forward = functools.partial(neutral.rms_norm, weight=f"{path}.weight", epsilon=epsilon, offset=offset)
-                stack.enter_context(_override(module, forward))
+                stack.enter_context(overridden(module, forward))
         yield
 
 
@@ -162,29 +118,6 @@ def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
         in_features=module.in_features,
         out_features=module.out_features,
     )
-
-
-def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
-    """``(epsilon, offset)`` when `module` computes ``(offset + weight) * x / rms(x)``, else None.
-
-    Found by running the module on random numbers in FP32, so the class's name does not matter.
-    """
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    names = [name for name, _ in module.named_parameters()]
-    if not isinstance(epsilon, float) or names != ["weight"] or isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return None
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
-        return None
-    x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        got = torch.func.functional_call(module, {"weight": weight.float()}, (x,))
-    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-    for offset in (0.0, 1.0):
-        expected = normed * (weight.float() + offset)
-        if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max():
-            return epsilon, offset
-    return None
 
 
 @contextmanager

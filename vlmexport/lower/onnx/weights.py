@@ -7,7 +7,7 @@ one matrix and not the model. Offsets are 64-bit: files over 2 GB work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,10 +37,19 @@ def initializer(name: str, dtype: ir.DataType, shape: Iterable[int]) -> ir.Value
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
 
 
-def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, progress: Progress, title: str) -> None:
+def stream_weights(
+    model: ir.Model,
+    groups: Iterable[WeightGroup],
+    path: Path,
+    progress: Progress,
+    title: str,
+    written: Mapping[str, ir.Value] | None = None,
+) -> None:
     """Make every group that the graph still uses, write it beside the graph, and save the graph to `path`.
 
-    Initializers that already have (lazy) data are written after the groups, one by one.
+    A group whose initializers are all in `written` (those of a graph that was saved in the same folder, by name) is not
+    made again: the graph refers to the other's data. Initializers that already have (lazy) data are written after the
+    groups, one by one.
 
     External data goes to ``<path>_data``. Raises ValueError when an initializer ends without data, or when a group's
     array has another shape or dtype than its initializer.
@@ -50,8 +59,10 @@ def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, p
     data_path = path.with_name(path.name + "_data")
     with data_path.open("wb") as file, progress.stage(title, total=len(used)) as stage:
         for group in used:
-            for value, array in zip(group.values, group.produce(), strict=True):
-                value.const_value = _store(value, array, file, data_path)
+            if not _take_written(group, written or {}):
+                for value, array in zip(group.values, group.produce(), strict=True):
+                    value.const_value = _store(value, array, file, data_path)
+            for value in group.values:
                 graph.register_initializer(value)
             stage.advance()
         for value in [v for v in graph.initializers.values() if _is_large(v)]:
@@ -62,6 +73,19 @@ def stream_weights(model: ir.Model, groups: Iterable[WeightGroup], path: Path, p
     if empty:
         raise ValueError(f"initializers without data: {', '.join(sorted(empty)[:4])}")
     ir.save(model, path)
+
+
+def _take_written(group: WeightGroup, written: Mapping[str, ir.Value]) -> bool:
+    """Give the group the data that another graph has written; False when one of its initializers is not there."""
+    found = [written.get(str(value.name)) for value in group.values]
+    pairs = [(value, other) for value, other in zip(group.values, found, strict=True) if other is not None]
+    if len(pairs) < len(group.values):
+        return False
+    for value, other in pairs:
+        if (value.dtype, value.shape) != (other.dtype, other.shape):
+            raise ValueError(f"{value.name}: {value.dtype}{value.shape} here, {other.dtype}{other.shape} as written")
+        value.const_value = other.const_value
+    return True
 
 
 def _is_large(value: ir.Value) -> bool:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlmexport.verify.report.words import compact, group_checks, part_label, percent, ratio
+from vlmexport.verify.report.words import compact, group_checks, part_label, percent, ratio, reference_name
 from vlmexport.verify.result import Check, ParityReport
 
 _COLORS = {"passed": "green", "failed": "bold red", "not_run": "yellow", "incomplete": "yellow"}
@@ -58,12 +58,13 @@ def _lowering(report: ParityReport) -> Table:
 def _quantization(report: ParityReport) -> Table:
     numbers = report.quantization
     rows = [
-        ("KL from the original, nats/token", compact(numbers.kl)),
+        (f"KL from {reference_name(report)}, nats/token", compact(numbers.kl)),
         ("same top token", percent(numbers.top1)),
         ("answer perplexity ratio", ratio(numbers.perplexity_ratio)),
     ]
     if numbers.accuracy is not None:
-        rows.append(("accuracy (original)", f"{percent(numbers.accuracy)} ({percent(numbers.reference_accuracy)})"))
+        against = reference_name(report).removeprefix("the ")
+        rows.append((f"accuracy ({against})", f"{percent(numbers.accuracy)} ({percent(numbers.reference_accuracy)})"))
     return _question_table("Quantization loss", report.status_of("quantization"), rows)
 
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from vlmexport.verify.report.svg import Bar, bars, line
-from vlmexport.verify.report.words import CheckGroup, compact, group_checks, part_label, percent, ratio
+from vlmexport.verify.report.words import CheckGroup, compact, group_checks, part_label, percent, ratio, reference_name
 from vlmexport.verify.result import Check, ParityReport
 
 _STYLE = """
@@ -45,7 +45,7 @@ svg .limit-label{fill:var(--limit);font-size:11px}.series{fill:none;stroke:var(-
 _PLOTS = (
     ("decode_exact_rel", "Decoding, exact: relative error of logits", "decode step", "decoder/decode"),
     ("decode_shipped_kl", "Decoding, as shipped: KL from the same codes", "decode step", "decoder/shipped_kl"),
-    ("answer_kl", "Answers: KL from the original model", "answer token", "quantization/kl"),
+    ("answer_kl", "Answers: KL from {reference}", "answer token", "quantization/kl"),
 )
 
 
@@ -101,23 +101,23 @@ def _comparison(check: Check) -> str:
 
 
 def _cards(report: ParityReport) -> str:
-    low, quant = report.lowering, report.quantization
+    low, quant, against = report.lowering, report.quantization, reference_name(report)
     lowering = [
         ("largest logit difference, exact", compact(low.max_abs_logit)),
         ("KL as shipped, nats per token", compact(low.kl)),
         ("same top token as shipped", percent(low.top1)),
     ]
     quantization = [
-        ("KL from the original, nats per token", compact(quant.kl)),
+        (f"KL from {against}, nats per token", compact(quant.kl)),
         ("same top token", percent(quant.top1)),
         ("answer perplexity ratio", ratio(quant.perplexity_ratio)),
         ("accuracy on the questions", percent(quant.accuracy)),
-        ("accuracy of the original", percent(quant.reference_accuracy)),
+        (f"accuracy of {against}", percent(quant.reference_accuracy)),
     ]
     first = _card(
         "Lowering error", report.status_of("lowering"), "The graphs against PyTorch with the same codes.", lowering
     )
-    text = "The export as shipped against the original model."
+    text = f"The export as shipped against {against}."
     second = _card("Quantization loss", report.status_of("quantization"), text, quantization)
     return f"<div class=cards>{first}{second}</div>"
 
@@ -147,9 +147,10 @@ def _group_label(group: CheckGroup) -> str:
 
 def _step_plots(report: ParityReport) -> str:
     limits = {check.name: check.limit for check in report.checks}
+    plots = [(name, title.format(reference=reference_name(report)), *rest) for name, title, *rest in _PLOTS]
     figures = [
         f"<section class=card><h3>{escape(title)}</h3>{line(values, limits.get(check), title, label)}</section>"
-        for name, title, label, check in _PLOTS
+        for name, title, label, check in plots
         if (values := report.series.get(name))
     ]
     return f"<h2>Error per step</h2><div class=cards>{''.join(figures)}</div>" if figures else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmexport.verify.result import Check
+from vlmexport.verify.result import Check, ParityReport
 
 _PART_LABELS = {
     "processor": "The processor",
@@ -27,6 +27,11 @@ class CheckGroup:
     name: str
     count: int
     worst: Check
+
+
+def reference_name(report: ParityReport) -> str:
+    """What the export was compared with: the original, or the quantized checkpoint whose codes it keeps."""
+    return "the quantized checkpoint" if report.runtime.get("reference_codes") else "the original"
 
 
 def part_label(part: str) -> str:

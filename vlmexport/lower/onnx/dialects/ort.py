@@ -1,7 +1,9 @@
 """ONNX Runtime's own operators: GroupQueryAttention with rotary inside, SimplifiedLayerNormalization and its skip form.
 
 Contract of the operators: ONNX Runtime ContribOperators (com.microsoft, opset 1), measured in facts on version 1.31.
-GroupQueryAttention assumes right padding: row b's valid length is ``attention_mask[b].sum()``.
+GroupQueryAttention assumes right padding: row b's valid length is ``attention_mask[b].sum()``. With an INT8 cache it
+quantizes every new key (after rotary) and value with the given scales and attends to the quantized ones, the new ones
+included.
 """
 
 from __future__ import annotations
@@ -9,23 +11,36 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+import torch
 from onnx_ir.tape import Tape
 
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter
 from vlmexport.lower.onnx.rotary import Rotary
+from vlmexport.quantize.kv_cache import CachePeaks
 
 
 @dataclass
 class OrtDialect:
-    """The ``gqa`` form of a decoder."""
+    """The ``gqa`` form of a decoder.
+
+    With `cache_peaks` the cache is INT8; `cache_scales` holds the scales (keys, values) of the layers emitted so far.
+    """
 
     rotary: Rotary
     linears: LinearEmitter
     opset: int
+    cache_peaks: CachePeaks | None = None
     needs_position_ids: bool = False
     packs_qkv: bool = True
     shared: dict[str, ir.Value] = field(default_factory=dict)
+    cache_scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def cache_type(self) -> ir.DataType | None:
+        """INT8 for a quantized cache."""
+        return None if self.cache_peaks is None else ir.DataType.INT8
 
     def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
         """Lengths from the attention mask, and the rotary tables."""
@@ -77,9 +92,10 @@ class OrtDialect:
         )
         shared = self.shared
         lengths = [shared["seqlens_k"], shared["total"], shared["cos"], shared["sin"]]
+        scales, cache = self._cache(call)
         outputs = tape.op_multi_out(
             "GroupQueryAttention",
-            [query, key, value, call.past_key, call.past_value, *lengths],
+            [query, key, value, call.past_key, call.past_value, *lengths, *scales],
             {
                 "num_heads": call.heads,
                 "kv_num_heads": call.kv_heads,
@@ -88,11 +104,42 @@ class OrtDialect:
                 "local_window_size": call.window,
                 "do_rotary": 1,
                 "rotary_interleaved": int(self.rotary.interleaved),
+                **cache,
             },
             domain=MICROSOFT,
             num_outputs=3,
         )
         return AttentionResult(outputs[0], outputs[1], outputs[2])
+
+    def _cache(self, call: AttentionCall) -> tuple[list[ir.Value | None], dict[str, int | str]]:
+        """Inputs 9 to 13 and the attributes of a quantized cache; nothing for a cache of floats."""
+        if self.cache_peaks is None:
+            return [], {}
+        if self._folded_rows(call.key_weight) is not None:
+            raise ValueError(f"{call.key_weight}: a fold scales keys that are cached after rotary embedding")
+        scaled = [name for name in call.value_makers if self._folded_rows(name) is not None]
+        if call.value_weight is None and scaled:
+            raise UnsupportedModelError(
+                f"--kv-cache int8: calibration scaled rows of {scaled[0]}, of which the values are a part, so their "
+                "range is not known; choose --quant gptq (which moves no scales) or --kv-cache same"
+            )
+        peaks = self.cache_peaks.layers[call.layer]
+        scales = peaks.key_scale(self.rotary.interleaved), peaks.value_scale(self._folded_rows(call.value_weight))
+        self.cache_scales[call.layer] = scales
+        made = [
+            self.linears.constant(f"kv_cache.{call.layer}.{kind}_scale", scale, ir.DataType.FLOAT)
+            for kind, scale in zip(("key", "value"), scales, strict=True)
+        ]
+        attributes: dict[str, int | str] = {
+            "kv_cache_bit_width": 8,
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+        }
+        return [None, None, None, *made], attributes
+
+    def _folded_rows(self, weight: str | None) -> torch.Tensor | None:
+        fold = self.linears.weights.folds.get(weight) if weight is not None else None
+        return None if fold is None else fold.rows
 
 
 def _same_shape(add: ir.Node) -> bool:
@@ -100,7 +147,16 @@ def _same_shape(add: ir.Node) -> bool:
     return all(s is not None and len(s) == 3 for s in shapes) and shapes[0] == shapes[1]
 
 
+def _producer(value: ir.Value | None, op: str) -> ir.Value | None:
+    """The first input of the `op` node that makes `value`; None when something else makes it."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == op else None
+
+
 def _flatten_heads(tape: Tape, value: ir.Value, width: int) -> ir.Value:
-    """``[B, N, S, D]`` to ``[B, S, N * D]``."""
+    """``[B, N, S, D]`` to ``[B, S, N * D]``: what was split into heads just before is taken as it was."""
+    split = _producer(_producer(value, "Transpose"), "Reshape")
+    if split is not None and split.shape is not None and len(split.shape) == 3 and split.shape[2] == width:
+        return split
     shape = tape.initializer(ir.tensor([0, 0, width], dtype=ir.DataType.INT64, name=f"{value.name}.flat_shape"))
     return tape.op("Reshape", [tape.op("Transpose", [value], {"perm": [0, 2, 1, 3]}), shape])

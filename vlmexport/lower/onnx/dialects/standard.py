@@ -23,6 +23,7 @@ class StandardDialect:
     opset: int
     needs_position_ids: bool = True
     packs_qkv: bool = False
+    cache_type: ir.DataType | None = None
     shared: dict[str, ir.Value] = field(default_factory=dict)
     windows: dict[int, ir.Value] = field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,18 +13,29 @@ from vlmexport.lower.onnx.decoder import FLOAT_TYPES, lower_decoder
 from vlmexport.lower.onnx.embedding import lower_embedding
 from vlmexport.lower.onnx.encoder import lower_vision
 from vlmexport.lower.onnx.precision import EncoderPrecision
+from vlmexport.lower.onnx.prefill import PrefillGraph, lower_prefill
 from vlmexport.lower.onnx.weights import stream_weights
 from vlmexport.lower.result import Emitted
-from vlmexport.manifest import KeptTensor, PartFile, QuantizedRecord, TensorSpec
+from vlmexport.manifest import FOLDED_NAME, PREFILL_PART, KeptTensor, PartFile, QuantizedRecord, TensorSpec
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
 from vlmexport.progress import Progress
+from vlmexport.quantize.kv_cache import scales_digest
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.parts import Role, Split
 from vlmexport.target import Target
 
 
-def emit_split(vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder: Path, progress: Progress) -> Emitted:
-    """Write the four graphs of `split` into `folder`, one after the other."""
+def emit_split(
+    vlm: VLM,
+    split: Split,
+    plan: ExportPlan,
+    target: Target,
+    weights: DecoderWeights,
+    folder: Path,
+    progress: Progress,
+) -> Emitted:
+    """Write the graphs of `split` into `folder`, one after the other."""
     parts: dict[str, PartFile] = {}
     kept: list[KeptTensor] = []
     precision = EncoderPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
@@ -34,12 +47,41 @@ def emit_split(vlm: VLM, split: Split, plan: ExportPlan, target: Target, folder:
     table = lower_embedding(split.parts[Role.EMBEDDING], target.onnx.opset, FLOAT_TYPES[plan.decoder_dtype])
     stream_weights(table.model, table.groups, folder / f"{Role.EMBEDDING}.onnx", progress, f"write {Role.EMBEDDING}")
     parts[Role.EMBEDDING] = part_file(table.model, f"{Role.EMBEDDING}.onnx")
-    decoder = lower_decoder(vlm, split.parts[Role.DECODER], plan, target)
-    title = "quantize and write decoder" if plan.options.scheme is not None else "write decoder"
+    decoder = lower_decoder(vlm, split.parts[Role.DECODER], plan, target, weights)
+    title = "quantize and write decoder" if weights.schemes else "write decoder"
     stream_weights(decoder.model, decoder.linears.groups, folder / f"{Role.DECODER}.onnx", progress, title)
     parts[Role.DECODER] = part_file(decoder.model, f"{Role.DECODER}.onnx")
+    _write_folded(weights, folder)
     quantized = tuple(decoder.linears.records)
-    return Emitted(parts, quantized, _kept(plan, quantized, kept))
+    digest = scales_digest(decoder.cache_scales) if decoder.cache_scales else None
+    emitted = Emitted(parts, quantized, _kept(plan, quantized, kept), digest)
+    if plan.options.prefill == "same":
+        return emitted
+    prompt = lower_prefill(vlm, split.parts[Role.DECODER], plan, target, weights, decoder.traced)
+    return _with_prefill(emitted, prompt, decoder.model.graph.initializers, folder, progress)
+
+
+def _with_prefill(
+    emitted: Emitted, prompt: PrefillGraph, written: Mapping[str, ir.Value], folder: Path, progress: Progress
+) -> Emitted:
+    """Write the prompt graph, which refers to the decode graph's data for all that is in `written`."""
+    file = f"{PREFILL_PART}.onnx"
+    stream_weights(prompt.model, prompt.linears.groups, folder / file, progress, "write prompt graph", written)
+    return dataclasses.replace(
+        emitted,
+        parts={**emitted.parts, PREFILL_PART: part_file(prompt.model, file)},
+        quantized=(*emitted.quantized, *prompt.linears.records),
+        prefill=prompt.summary(),
+    )
+
+
+def _write_folded(weights: DecoderWeights, folder: Path) -> None:
+    """Keep the floats that calibration changed beside the graphs: the gate's reference needs them."""
+    from safetensors.torch import save
+
+    if folded := weights.folded():
+        # Not `save_file`, which makes a file that only its owner may read.
+        (folder / FOLDED_NAME).write_bytes(save({name: tensor.contiguous() for name, tensor in folded.items()}))
 
 
 def part_file(model: ir.Model, file: str) -> PartFile:

@@ -1,0 +1,54 @@
+"""Codes that came with a quantized checkpoint, as the plans see them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmexport.errors import BadInputError
+from vlmexport.quantize.registry import IMPORTED
+from vlmexport.quantize.scheme import MAX_GROUP, MIN_GROUP, PER_CHANNEL, QuantScheme, make_scheme
+
+if TYPE_CHECKING:
+    from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
+
+
+def check_kept(kept: QuantizedCheckpoint | None, scheme: QuantScheme | None, *, named: bool) -> None:
+    """Refuse a `scheme` that the model's own codes contradict; `named` says that it was asked for.
+
+    Raises `BadInputError` for a quantized checkpoint with any scheme but the default one, and for kept codes of a
+    checkpoint that has none.
+    """
+    if scheme is None or (kept is None and scheme.algorithm != IMPORTED):
+        return
+    if kept is None:
+        raise BadInputError("the plan keeps codes of a quantized checkpoint, but the model is not quantized")
+    if scheme.algorithm != IMPORTED and (named or scheme != make_scheme()):
+        raise BadInputError(
+            f"the checkpoint is already quantized ({kept.summary}) and keeps its codes: {scheme.algorithm} would need "
+            "the original weights; leave --quant and its options out, or choose --quant none for floats"
+        )
+
+
+def kept_scheme(name: str, codes: CodeFormat, float_dtype: str) -> QuantScheme:
+    """The scheme that describes `codes` of the weight `name`, for scales of `float_dtype` (``fp16``, ``fp32``).
+
+    Raises `BadInputError` for bits, groups or scales that no scheme describes.
+    """
+    if codes.wide_scales and not codes.codebook and float_dtype == "fp16":
+        raise BadInputError(f"{name}: its scales do not fit float16; choose --decoder-dtype fp32, or --quant none")
+    try:
+        return codes_scheme(name, codes)
+    except BadInputError as error:
+        raise BadInputError(f"{error}; or --quant none for floats") from error
+
+
+def codes_scheme(name: str, codes: CodeFormat) -> QuantScheme:
+    """The scheme that describes `codes` of the weight `name`; raises `BadInputError` when none does."""
+    size = codes.group_size
+    storable = MIN_GROUP <= size <= MAX_GROUP and size & (size - 1) == 0
+    if codes.whole_rows and (codes.codebook == "fp8" or not storable):
+        size = PER_CHANNEL
+    try:
+        return QuantScheme(codes.bits, codes.symmetric, size, codes.codebook or IMPORTED)
+    except BadInputError as error:
+        raise BadInputError(f"{name} came quantized, {codes.words(per_channel=True)}: {error}") from error

@@ -1,0 +1,90 @@
+"""Experts that are packed in one parameter, and the routers beside them: found by running the decoder, not by names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmexport.split.matrices import PACKED_AXES, LinearObserver, Matrix, matrices_of
+from vlmexport.split.names import module_path
+
+if TYPE_CHECKING:
+    from vlmexport.split.parts import Part
+
+# Every expert layer sends at least one of these tokens to at least one expert, which shows how it multiplies.
+_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The packed experts of a decoder, by whole-model parameter name.
+
+    `packed` are parameters ``[E, N, K]`` whose slices are the weights of linear products; `other` have three axes and
+    are used in another way (transposed, or multiplied as one). `routers` are the small matrices beside them, of one
+    row per expert or a single one: they decide which expert runs, or by how much a shared one counts.
+    """
+
+    packed: frozenset[str] = field(default_factory=frozenset)
+    other: frozenset[str] = field(default_factory=frozenset)
+    routers: frozenset[str] = field(default_factory=frozenset)
+
+
+def packed_parameters(model: nn.Module, decoder: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters of `decoder` with three axes that are no convolution's, by name in `model`."""
+    return {
+        f"{module_path(model, module)}.{name}": parameter.detach()
+        for module in decoder.modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == PACKED_AXES
+    }
+
+
+def find_experts(model: nn.Module, part: Part) -> Experts:
+    """The packed experts of the decoder `part`, which lives inside `model`; it runs on a few tokens if it may have any.
+
+    The rule is that of the layer loop (`vlmexport.calibrate.sites`): what ``linear`` multiplies by can be quantized.
+    """
+    parameters = packed_parameters(model, part.module)
+    if not parameters:
+        return Experts()
+    seen: set[str] = set()
+
+    def take(matrix: Matrix, _inputs: torch.Tensor) -> None:
+        seen.add(matrix.parameter)
+
+    few = {name: tensor[:, :_TOKENS] for name, tensor in part.examples[0].items()}
+    observer = LinearObserver(matrices_of(parameters.items()), parameters, take)
+    with eager_experts(part.module), torch.no_grad(), observer:
+        part.module(**few)
+    return Experts(frozenset(seen), frozenset(parameters.keys() - seen), _routers(model, parameters))
+
+
+def _routers(model: nn.Module, packed: dict[str, torch.Tensor]) -> frozenset[str]:
+    """Matrices with one row per expert, or one row, in the module around each packed parameter's own."""
+    found: set[str] = set()
+    for name, experts in packed.items():
+        around = name.rpartition(".")[0].rpartition(".")[0]
+        for local, parameter in model.get_submodule(around).named_parameters():
+            if parameter.ndim == PACKED_AXES - 1 and parameter.shape[0] in (1, experts.shape[0]):
+                found.add(f"{around}.{local}")
+    return frozenset(found)
+
+
+@contextmanager
+def eager_experts(decoder: Any) -> Iterator[None]:
+    """Within, packed experts run one after the other, each by its own linear product that can be observed."""
+    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values()
+    before = [(c, c._experts_implementation) for c in configs if getattr(c, "_experts_implementation", None)]
+    for config, _ in before:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._experts_implementation = name

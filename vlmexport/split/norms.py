@@ -1,0 +1,31 @@
+"""Normalisation layers, recognised by what they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_NORM_PROBE_LIMIT = 1e-5
+
+
+def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
+    """``(epsilon, offset)`` when `module` computes ``(offset + weight) * x / rms(x)``, else None.
+
+    Found by running the module on random numbers in FP32, so the class's name does not matter.
+    """
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    names = [name for name, _ in module.named_parameters()]
+    if not isinstance(epsilon, float) or names != ["weight"] or isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return None
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+        return None
+    x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = torch.func.functional_call(module, {"weight": weight.float()}, (x,))
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    for offset in (0.0, 1.0):
+        expected = normed * (weight.float() + offset)
+        if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max():
+            return epsilon, offset
+    return None
