@@ -1,1 +1,43 @@
-"""Family modules: only what the generic split cannot detect."""
+"""Family modules: only what the generic split cannot detect.
+
+Each module is imported when a model of its family is met. For GGUF, a *text* module offers
+``text(config, names) -> GgufHalf`` (`config` is the text config) and a *vision* module
+``vision(config, preprocessor, names) -> GgufHalf`` (`config` is the whole model's, `preprocessor` the parsed
+preprocessor_config.json); `names` are the weights' names, by which optional tensors are known. Both raise
+`UnsupportedModelError` with the reason when llama.cpp cannot run such a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from vlmexport.errors import UnsupportedModelError
+
+# model_type of the text config -> module of this package.
+GGUF_TEXT = {
+    "llama": "gguf_llama",
+    "mistral": "gguf_llama",
+}
+# model_type of the whole config -> module of this package.
+GGUF_VISION = {
+    "idefics3": "gguf_idefics3",
+    "smolvlm": "gguf_idefics3",
+}
+
+
+def gguf_text_module(model_type: str) -> ModuleType:
+    """The module that knows text models of `model_type`; raises `UnsupportedModelError` when there is none."""
+    return _module(GGUF_TEXT, model_type, "text model")
+
+
+def gguf_vision_module(model_type: str) -> ModuleType:
+    """The module that knows the vision side of `model_type`; raises `UnsupportedModelError` when there is none."""
+    return _module(GGUF_VISION, model_type, "vision side")
+
+
+def _module(table: dict[str, str], model_type: str, what: str) -> ModuleType:
+    if model_type not in table:
+        known = ", ".join(sorted(table))
+        raise UnsupportedModelError(f"{model_type}: no GGUF form of this {what} is known; known: {known}")
+    return importlib.import_module(f"vlmexport.families.{table[model_type]}")

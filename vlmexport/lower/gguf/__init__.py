@@ -1,0 +1,1 @@
+"""GGUF for llama.cpp: a text model and an ``mmproj`` file."""

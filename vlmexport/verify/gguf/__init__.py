@@ -1,0 +1,1 @@
+"""The gate of GGUF exports: llama.cpp itself against the PyTorch model."""
