@@ -18,6 +18,9 @@ from vlmexport.errors import UnsupportedModelError
 GGUF_TEXT = {
     "llama": "gguf_llama",
     "mistral": "gguf_llama",
+    "ministral3": "gguf_llama",
+    "qwen2": "gguf_llama",
+    "qwen3": "gguf_llama",
 }
 # model_type of the whole config -> module of this package.
 GGUF_VISION = {
