@@ -54,7 +54,7 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
         options=options,
         tensors=tuple(tensors),
         unused=unused,
-        metadata={"text": dict(text.metadata), "mmproj": dict(vision.metadata)},
+        metadata={"text": {**text.metadata, **vision.text_metadata}, "mmproj": dict(vision.metadata)},
         computed={**text.computed, **vision.computed},
     )
 

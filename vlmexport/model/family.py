@@ -30,7 +30,8 @@ class TensorRule:
 
     ``{i}`` in both stands for the number of a block. The rule holds for ``<source>.weight`` and ``<source>.bias``
     (``<target>.weight``, ``<target>.bias``); a `source` that is a parameter itself (``...class_embedding``) names it
-    whole, and so do `targets` then. Of a text half, names are those below the text model (``get_decoder()``), and
+    whole (`whole`), and so do `targets` then. A target may carry an end of its own after a bar, in place of ``.weight``:
+    ``v.patch_embd|.weight.1``. Of a text half, names are those below the text model (``get_decoder()``), and
     ``lm_head``; of a vision half, names in the whole model. `transform` (of the weight; `bias_transform` of the bias)
     gives as many tensors as there are `targets`.
     """
@@ -51,7 +52,8 @@ class GgufHalf:
     arrays of int32, float32, bool or string. `computed` are tensors that no weight holds (``rope_freqs.weight``), as
     nested lists of numbers, in F32. `unused` are `fnmatch` patterns of weights that llama.cpp has no place for, each
     with the reason. `always_f32` are GGUF names (patterns) that keep F32 whatever was asked, beyond llama.cpp's
-    general rules.
+    general rules. `text_metadata` are keys that a vision half adds to the text file: what a decoder must know of the
+    images' features (``qwen3vl.n_deepstack_layers``).
     """
 
     arch: str
@@ -60,6 +62,7 @@ class GgufHalf:
     computed: Mapping[str, Any] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     always_f32: tuple[str, ...] = ()
+    text_metadata: Mapping[str, MetaValue] = field(default_factory=dict)
 
 
 def linear(source: str, target: str, transform: Transform | None = None, bias: Transform | None = None) -> TensorRule:

@@ -58,7 +58,57 @@ def _subtract_one(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() - 1
 
 
+def _split_rows(weight: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """`parts` equal blocks of output rows (fused query, key and value); ``[parts * N, ...]``."""
+    return tuple(weight.chunk(parts, dim=0))
+
+
+def _join_rows(*tensors_and_parts: torch.Tensor | int) -> torch.Tensor:
+    return torch.cat([t for t in tensors_and_parts if isinstance(t, torch.Tensor)], dim=0)
+
+
+def _split_frames(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A 3-D patch convolution ``[N, C, 2, h, w]`` as one 2-D convolution ``[N, C, h, w]`` for each of its frames."""
+    return tuple(weight.unbind(dim=2))
+
+
+def _join_frames(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.stack(tensors, dim=2)
+
+
+def _patch_kernel(weight: torch.Tensor, patch: int, channels: int) -> tuple[torch.Tensor, ...]:
+    """A linear layer on flat patches ``[N, patch * patch * channels]`` as a convolution ``[N, C, patch, patch]``."""
+    return (weight.reshape(weight.shape[0], patch, patch, channels).permute(0, 3, 1, 2),)
+
+
+def _flat_patches(tensor: torch.Tensor, patch: int, channels: int) -> torch.Tensor:
+    return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], patch * patch * channels)
+
+
+def _squeeze_channel(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A depthwise 1-D convolution ``[N, 1, K]`` as a matrix ``[N, K]``."""
+    return (weight.squeeze(1),)
+
+
+def _unsqueeze_channel(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(1)
+
+
+def _split_expert_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Experts' fused gate and up projections ``[E, 2 * F, N]`` as two of ``[E, F, N]``."""
+    return tuple(weight.chunk(2, dim=1))
+
+
+def _join_expert_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.cat((gate, up), dim=1)
+
+
 _KINDS: dict[str, _Kind] = {
     "permute": _Kind(_permute, _unpermute, rows_only=True),
     "add_one": _Kind(_add_one, _subtract_one),
+    "split_rows": _Kind(_split_rows, _join_rows, rows_only=True),
+    "split_frames": _Kind(_split_frames, _join_frames),
+    "patch_kernel": _Kind(_patch_kernel, _flat_patches),
+    "squeeze_channel": _Kind(_squeeze_channel, _unsqueeze_channel),
+    "split_expert_rows": _Kind(_split_expert_rows, _join_expert_rows),
 }
