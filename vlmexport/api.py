@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vlmexport.calibrate.sensitivity import Sensitivity
     from vlmexport.checkpoint_plan import CheckpointOptions
     from vlmexport.doctor import DoctorReport
+    from vlmexport.gguf_options import GgufOptions, GgufPlan
+    from vlmexport.gguf_pipeline import GgufResult
     from vlmexport.inspection import InspectReport
     from vlmexport.pipeline import ExportResult
     from vlmexport.plan import ExportPlan, OnnxOptions
@@ -123,6 +125,49 @@ def quantize_checkpoint(
         calibration=calibration,
         force=force,
         verify=verify,
+        progress=progress or SilentProgress(),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def plan_gguf(
+    model: str, options: GgufOptions, *, progress: Progress | None = None, trust_remote_code: bool = False
+) -> GgufPlan:
+    """What `export_gguf` would do to every weight; nothing is written."""
+    from vlmexport.gguf_plan import plan_gguf as plan
+    from vlmexport.model.load import load_vlm
+
+    with (progress or SilentProgress()).stage("load model"):
+        vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+    return plan(vlm, options)
+
+
+def export_gguf(
+    model: str,
+    out: Path,
+    options: GgufOptions,
+    *,
+    calibration: CalibrationOptions | None = None,
+    verify: bool = True,
+    threads: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> GgufResult:
+    """Export `model` into `out` as two GGUF files for llama.cpp and, with `verify`, judge them there.
+
+    `threads` quantize (0: all cores). Raises `BadInputError` when `out` exists and `force` is False.
+    """
+    from vlmexport import gguf_pipeline
+
+    return gguf_pipeline.export_gguf(
+        model,
+        out,
+        options,
+        calibration=calibration,
+        verify=verify,
+        threads=threads,
+        force=force,
         progress=progress or SilentProgress(),
         trust_remote_code=trust_remote_code,
     )

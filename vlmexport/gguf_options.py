@@ -9,11 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmexport.errors import BadInputError
 from vlmexport.model.family import MetaValue, Transform
-from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.quantize.ggml.mix import FILE_TYPES
+from vlmexport.quantize.registry import ALGORITHMS
+from vlmexport.quantize.scheme import QuantScheme, make_scheme
 
 File = Literal["text", "mmproj"]
 Importance = Literal["auto", "none"]
+_ALGORITHMS = ("awq+gptq", "awq", "gptq", "hqq", "rtn")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,51 @@ class GgufPlan:
             "bytes_after": sum(t.bytes for t in self.tensors),
             "bits_per_weight": {file: self.bits_per_weight(file) for file in ("text", "mmproj")},
         }
+
+
+def gguf_options(
+    quant: str = "Q4_K_M",
+    mmproj_type: str = "f16",
+    imatrix: str = "auto",
+    tensor_types: Iterable[tuple[str, str]] = (),
+    smooth: Literal["none", "awq"] = "none",
+    bits: int | str = 4,
+    symmetric: bool = True,
+    compatible: bool = False,
+) -> GgufOptions:
+    """`GgufOptions` from what a user types; `quant` is a file type or an algorithm, `imatrix` may be a file's path.
+
+    Raises `BadInputError` for an unknown type or algorithm (with the choices) and for choices that exclude each other.
+    """
+    types = tuple((pattern, kind.upper()) for pattern, kind in tensor_types)
+    source: Importance | Path = imatrix if imatrix in ("auto", "none") else Path(imatrix)  # type: ignore[assignment]
+    if isinstance(source, Path) and not source.is_file():
+        raise BadInputError(f"--imatrix {imatrix}: no such file; give auto, none or a file of llama-imatrix")
+    options = GgufOptions(quant.upper(), mmproj_type.upper(), source, types, smooth, None, compatible)
+    if quant.lower() in ALGORITHMS:
+        if smooth != "none":
+            raise BadInputError(f"--smooth {smooth} is for file types such as Q4_K_M; --quant awq+gptq smooths by itself")
+        scheme = make_scheme(quant.lower(), int(bits), 32, symmetric)
+        return dataclasses.replace(options, quant=_codes_type(scheme), scheme=scheme, imatrix="none")
+    if quant.upper() not in FILE_TYPES:
+        choices = f"{', '.join(FILE_TYPES)}; or the algorithms {', '.join(_ALGORITHMS)}"
+        raise BadInputError(f"--quant {quant} is unknown; choose one of {choices}")
+    if int(bits) != 4 or not symmetric:
+        raise BadInputError(f"--bits and --asymmetric describe the codes of an algorithm; --quant {quant} has its own")
+    return options
+
+
+def _codes_type(scheme: QuantScheme) -> str:
+    """The type that holds the codes of `scheme`; raises `BadInputError` when ggml has none."""
+    if scheme.algorithm not in _ALGORITHMS:
+        raise BadInputError(
+            f"--quant {scheme.algorithm}: GGUF holds no such codes; choose {', '.join(_ALGORITHMS)}, or a file type"
+        )
+    if scheme.bits == 8:
+        if not scheme.symmetric:
+            raise BadInputError("8-bit codes with zero points have no ggml type; choose --symmetric")
+        return "Q8_0"
+    return "Q4_0" if scheme.symmetric else "Q4_1"
 
 
 def tensors_from_dict(data: Iterable[dict[str, Any]]) -> tuple[GgufTensor, ...]:

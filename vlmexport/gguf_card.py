@@ -1,0 +1,57 @@
+"""The model card of a GGUF export."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from vlmexport.card import lineage
+from vlmexport.gguf_options import File, GgufPlan
+from vlmexport.manifest import Manifest
+
+
+def gguf_card(manifest: Manifest, plan: GgufPlan, source: Path) -> str:
+    """README.md: hub metadata, the lines that run it in llama.cpp, what is stored as what, and what to know."""
+    text, mmproj = manifest.parts["decoder"].file, manifest.parts["vision_encoder"].file
+    notes = [*manifest.model["gguf"]["notes"], *(manifest.calibration or {}).get("warnings", [])]
+    lines = [
+        "---", "library_name: gguf", "pipeline_tag: image-text-to-text", "tags:", "- gguf", "- llama.cpp",
+        "- vlmexport", *lineage(source / "README.md"), "---", "",
+        f"# {Path(manifest.source['model']).name}: GGUF", "",
+        f"`{manifest.source['architecture']}` by vlmexport {manifest.created_by['vlmexport']} for llama.cpp: "
+        f"`{text}` (architecture {plan.arch}, {plan.bits_per_weight('text'):.2f} bits per weight) and `{mmproj}` "
+        f"(projector {plan.projector}, {plan.bits_per_weight('mmproj'):.2f} bits per weight).", "",
+        "## Run it", "", "```sh",
+        f'llama-mtmd-cli -m {text} --mmproj {mmproj} --jinja --image picture.png -p "What is in this picture?"',
+        f"llama-server -m {text} --mmproj {mmproj} --jinja",
+        'vlmexport run . --image picture.png --prompt "What is in this picture?"',
+        "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL", "```", "",
+        "## What is stored as what", "", "| file | type | tensors | values | reason |", "|---|---|---|---|---|",
+        *_rows(plan, "text", text), *_rows(plan, "mmproj", mmproj), "",
+    ]  # fmt: skip
+    lines += [_importance(plan), ""]
+    if notes:
+        lines += ["## To know", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join(lines)
+
+
+def _rows(plan: GgufPlan, file: File, name: str) -> list[str]:
+    tensors = plan.of(file)
+    kinds = Counter((t.type, t.reason) for t in tensors)
+    return [
+        f"| {name} | {kind} | {count} | {_values(plan, file, kind, reason):,} | {reason} |"
+        for (kind, reason), count in sorted(kinds.items())
+    ]
+
+
+def _values(plan: GgufPlan, file: File, kind: str, reason: str) -> int:
+    return sum(math.prod(t.shape) for t in plan.of(file) if (t.type, t.reason) == (kind, reason))
+
+
+def _importance(plan: GgufPlan) -> str:
+    if plan.options.scheme is not None:
+        return f"Codes: {plan.options.scheme.algorithm}, calibrated on image-text prompts, stored without loss."
+    source = {"auto": "measured on image-text prompts", "none": "none"}.get(str(plan.options.imatrix), "from a file")
+    smooth = " AWQ's scales were folded into the weights first." if plan.options.smooth == "awq" else ""
+    return f"Importance matrix: {source}.{smooth}"
