@@ -1,0 +1,120 @@
+"""The tokenizer of a checkpoint as GGUF metadata, for llama.cpp's own tokenizer to give the same ids.
+
+Keys and meaning: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and src/llama-vocab.cpp of llama.cpp b11549.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.lower.gguf.kinds import Kind, choose_kind
+from vlmexport.lower.gguf.probe import probe
+from vlmexport.lower.gguf.special_ids import special_metadata
+from vlmexport.lower.gguf.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from vlmexport.model.family import MetaValue
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All ``tokenizer.*`` keys in writing order, and a text with the ids that Hugging Face gives for it.
+
+    `probe_ids` are without automatic BOS/EOS; llama.cpp's ``llama_tokenize(probe_text, parse_special)`` must equal them.
+    `notes` are known differences that no metadata can remove.
+    """
+
+    metadata: dict[str, MetaValue]
+    probe_text: str
+    probe_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Token:
+    text: str
+    type: int
+    score: float = 0.0
+
+
+def read_vocabulary(folder: Path, arch: str, vocab_size: int) -> Vocabulary:
+    """The vocabulary of the checkpoint in `folder` for a text model `arch` with `vocab_size` embedding rows.
+
+    Rows that no token has become ``[PAD<id>]``, as llama.cpp's converter names them. Raises `UnsupportedModelError`
+    with the structure when llama.cpp has no tokenizer that gives the same ids, `BadInputError` without a tokenizer or
+    with more tokens than rows.
+    """
+    files = read_tokenizer_files(folder)
+    kind = choose_kind(files.tokenizer)
+    tokens = _tokens(files, kind, vocab_size)
+    special, special_notes = special_metadata(files, kind, [token.text for token in tokens])
+    metadata: dict[str, MetaValue] = {
+        "tokenizer.ggml.model": kind.model,
+        "tokenizer.ggml.pre": kind.pre,
+        "tokenizer.ggml.tokens": [token.text for token in tokens],
+    }
+    if kind.scores is not None:
+        metadata["tokenizer.ggml.scores"] = [token.score for token in tokens]
+    metadata["tokenizer.ggml.token_type"] = [token.type for token in tokens]
+    if kind.merges is not None:
+        metadata["tokenizer.ggml.merges"] = list(kind.merges)
+    metadata |= special
+    if files.chat_template is not None:
+        metadata["tokenizer.chat_template"] = files.chat_template
+    text, ids = probe(files, kind)
+    return Vocabulary(metadata, text, ids, (*kind.notes, *_stripping_notes(files), *special_notes))
+
+
+def _tokens(files: TokenizerFiles, kind: Kind, vocab_size: int) -> list[_Token]:
+    added = {int(token["id"]): token for token in files.added}
+    known = {**kind.vocabulary, **{index: token["content"] for index, token in added.items()}}
+    last = max(known, default=-1)
+    if last >= vocab_size:
+        raise BadInputError(
+            f"{files.folder}: token {known[last]!r} has id {last}, the model's embedding table {vocab_size} rows; "
+            "resize the model's embeddings or take the tokenizer that belongs to it"
+        )
+    tokens = [_token(index, known, added.get(index), kind) for index in range(vocab_size)]
+    _refuse_twins(files.folder, tokens)
+    return tokens
+
+
+def _token(index: int, known: dict[int, str], added: dict[str, object] | None, kind: Kind) -> _Token:
+    if index not in known:
+        return _Token(f"[PAD{index}]", UNUSED, kind.padding_score)
+    score = kind.score(index)
+    if added is None:
+        return _Token(known[index], kind.type_of(known[index]), score)
+    text = str(added["content"])
+    if added.get("special"):
+        return _Token(text, UNKNOWN if index == kind.unknown else CONTROL, score)
+    if kind.scores is not None and _SPACE in text and not added.get("normalized"):
+        # Hugging Face looks for it in raw text, where spaces are not yet ▁, and so never finds it there: the merges make it.
+        return _Token(text, NORMAL, score)
+    return _Token(text.replace(_SPACE, " ") if kind.escapes_spaces else text, USER_DEFINED, score)
+
+
+def _refuse_twins(folder: Path, tokens: Sequence[_Token]) -> None:
+    """llama.cpp aborts when two ids have one text."""
+    seen: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if token.text in seen:
+            raise UnsupportedModelError(
+                f"{folder}: ids {seen[token.text]} and {index} are both {token.text!r}; llama.cpp holds one id per text"
+            )
+        seen[token.text] = index
+
+
+def _stripping_notes(files: TokenizerFiles) -> tuple[str, ...]:
+    greedy = [str(t["content"]) for t in files.added if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]
+    if not greedy:
+        return ()
+    shown = ", ".join(greedy[:4]) + (f" and {len(greedy) - 4} more" if len(greedy) > 4 else "")
+    return (
+        f"{shown}: Hugging Face swallows the spaces beside them (lstrip, rstrip) or wants them alone (single_word); "
+        "llama.cpp does neither, so ids differ where a space touches one",
+    )
