@@ -60,7 +60,7 @@ def _search(
     best_scale, best_zero = whole, zero_point(low, whole, scheme)
     best_loss = _loss(weight, best_scale, best_zero, metric, scheme.bits)
     for below, above in _ends(scheme):
-        scale = storable_like(spread(low * below, high * above, scheme), whole)
+        scale = storable_like(spread(low * below, high * above, scheme), whole, scheme.scale_bits)
         zero = zero_point(low * below, scale, scheme)
         loss = _loss(weight, scale, zero, metric, scheme.bits)
         better = loss < best_loss

@@ -34,19 +34,19 @@ def quantize_hqq(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight"
     groups = weight.reshape(*whole.scale.shape, whole.group_size)
     scale, zero = whole.scale.clone(), whole.zero_point.clone()
     for rows in row_chunks(weight):
-        scale[rows], zero[rows] = _search(groups[rows].float(), scale[rows], zero[rows], scheme.bits)
+        scale[rows], zero[rows] = _search(groups[rows].float(), scale[rows], zero[rows], scheme)
     return dataclasses.replace(whole, scale=scale, zero_point=zero).nearest(weight)
 
 
 def _search(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: QuantScheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best of all grids that the turns visit: ``[N, K/g]`` for float32 ``groups [N, K/g, g]``."""
     best_scale, best_zero = scale, zero
     best_loss = torch.full(scale.shape, float("inf"), device=scale.device)
     for offset in (0, -1, 1):
-        start = (zero.int() + offset).clamp_(0, (1 << bits) - 1).to(torch.uint8)
-        for visited_scale, visited_zero, loss in _turns(groups, scale, start, bits):
+        start = (zero.int() + offset).clamp_(0, (1 << scheme.bits) - 1).to(torch.uint8)
+        for visited_scale, visited_zero, loss in _turns(groups, scale, start, scheme):
             better = loss < best_loss
             best_scale = torch.where(better, visited_scale, best_scale)
             best_zero = torch.where(better, visited_zero, best_zero)
@@ -55,13 +55,13 @@ def _search(
 
 
 def _turns(
-    groups: torch.Tensor, whole: torch.Tensor, zero: torch.Tensor, bits: int
+    groups: torch.Tensor, whole: torch.Tensor, zero: torch.Tensor, scheme: QuantScheme
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Grids (scale, zero point) of ever smaller error, and that error, from the whole range's scale on."""
     scale, beta = whole, _BETA
     for _ in range(_STEPS):
         step = positive(scale.float()).unsqueeze(-1)
-        levels = nearest_codes(groups, scale, zero, bits).sub_(zero.float().unsqueeze(-1))
+        levels = nearest_codes(groups, scale, zero, scheme.bits).sub_(zero.float().unsqueeze(-1))
         error = torch.addcmul(groups, levels, step, value=-1).div_(step)
         yield scale, zero, (error * step).abs_().pow_(_POWER).sum(-1)
         size = error.abs()
@@ -69,5 +69,5 @@ def _turns(
         wanted = torch.addcmul(groups, sparse, step, value=-1)
         square = levels.square().sum(-1)
         fitted = (levels * wanted).sum(-1) / positive(square)
-        scale = torch.where(square > 0, storable_like(fitted, whole), whole)
+        scale = torch.where(square > 0, storable_like(fitted, whole, scheme.scale_bits), whole)
         beta *= _GROWTH

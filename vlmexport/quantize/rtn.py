@@ -10,6 +10,7 @@ from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.tensor import QuantizedTensor
 
 _FP16 = torch.finfo(torch.float16)
+_SUBNORMAL_EXPONENT = -24  # of the smallest float16, and of the step between the smallest ones
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight") -> QuantizedTensor:
@@ -27,13 +28,17 @@ def rtn_grid(weight: torch.Tensor, scheme: QuantScheme, name: str = "weight") ->
     (``max(w)/(2**(bits-1)-1)`` or ``-min(w)/2**(bits-1)``, whichever is larger; always positive). Asymmetric: the
     group's range including 0 spread over all codes. Scales are rounded to float16 *before* anything is rounded to them.
 
-    Raises `BadInputError` when K is not a multiple of the group size or the weight holds NaN or infinity.
+    Raises `BadInputError` when K is not a multiple of the group size, when the weight holds NaN or infinity, and when
+    the scheme's scale bits cannot hold a scale.
     """
     group_size = group_size_of(weight, scheme, name)
     low, high = group_range(weight, group_size)
     if not torch.isfinite(high - low).all():
         raise BadInputError(f"{name}: the weight holds NaN or infinity")
-    scale = storable_scale(spread(low, high, scheme))
+    wide = spread(low, high, scheme)
+    scale = limited_scale(wide, scheme.scale_bits) if scheme.scale_bits else storable_scale(wide)
+    if not torch.isfinite(scale).all():
+        raise BadInputError(f"{name}: a scale of {float(wide.max()):.3g} is above what float16 holds ({_FP16.max:.0f})")
     return Grid(scale, zero_point(low, scale, scheme), scheme.bits, group_size, scheme.symmetric)
 
 
@@ -47,8 +52,24 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     return scale.to(torch.float16) if fits else scale
 
 
-def storable_like(scale: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Float32 `scale` in `whole`'s dtype; `whole`, the scales of the whole range, where that dtype cannot hold it."""
+def limited_scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The positive scales (float32) as float16 of at most `bits` significant bits; infinite where that overflows.
+
+    Below the normal range the step between scales stays that of the smallest float16, and a scale may become 0.
+    """
+    exponent = torch.frexp(scale).exponent - bits
+    step = torch.exp2(exponent.clamp_min(_SUBNORMAL_EXPONENT).float())
+    return (scale / step).round_().mul_(step).to(torch.float16)
+
+
+def storable_like(scale: torch.Tensor, whole: torch.Tensor, bits: int = 0) -> torch.Tensor:
+    """Float32 `scale` in `whole`'s dtype; `whole`, the scales of the whole range, where that dtype cannot hold it.
+
+    `bits` are a scheme's scale bits.
+    """
+    if bits:
+        stored = limited_scale(scale, bits)
+        return torch.where(torch.isfinite(stored) & (stored > 0), stored, whole)
     stored = scale.to(whole.dtype)
     fits = torch.isfinite(stored) & (stored >= torch.finfo(whole.dtype).tiny)
     return torch.where(fits, stored, whole)

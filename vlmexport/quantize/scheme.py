@@ -13,6 +13,7 @@ SCHEME_VERSION = 1
 BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
 MIN_GROUP, MAX_GROUP = 16, 256
+SCALE_BITS = 11  # significant bits of a float16
 DEFAULT_ALGORITHM = "awq+gptq"
 
 
@@ -23,7 +24,9 @@ class QuantScheme:
     `bits` is 2, 3, 4 or 8; `group_size` the number of consecutive input features that share a scale (a power of two
     from 16 to 256, or -1 for one group per output row); `symmetric` fixes the zero point to ``2**(bits-1)``;
     `algorithm` a name of `vlmexport.quantize.registry`; `clip` lets it search a smaller range per group before it
-    rounds; `overrides` maps a module name pattern to another scheme (`fnmatch` style), first match wins.
+    rounds; `scale_bits` makes every scale a float16 of at most that many significant bits (11: all of them), subnormal
+    or not, as formats without float32 scales need it (0: float16, or float32 where that overflows or is subnormal);
+    `overrides` maps a module name pattern to another scheme (`fnmatch` style), first match wins.
 
     Raises `BadInputError` for a value outside those, and for one that the algorithm does not take.
     """
@@ -33,6 +36,7 @@ class QuantScheme:
     group_size: int = 32
     algorithm: str = "rtn"
     clip: bool = False
+    scale_bits: int = 0
     overrides: dict[str, QuantScheme] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +55,10 @@ class QuantScheme:
             raise BadInputError(f"group size is {size}; {method.name} takes {sizes}")
         if self.clip and not method.clips:
             raise BadInputError(f"--clip has no effect with {method.name}")
+        if not 0 <= self.scale_bits <= SCALE_BITS:
+            raise BadInputError(f"scale bits is {self.scale_bits}; choose 1 to {SCALE_BITS}, or 0 for any scale")
+        if self.scale_bits and (method.wide_scales or method.imported):
+            raise BadInputError(f"{method.name} makes scales of its own; it takes no scale bits")
 
     @property
     def calibrated(self) -> bool:
