@@ -21,11 +21,23 @@ GGUF_TEXT = {
     "ministral3": "gguf_llama",
     "qwen2": "gguf_llama",
     "qwen3": "gguf_llama",
+    "qwen2_vl_text": "gguf_qwen",
+    "qwen2_5_vl_text": "gguf_qwen",
+    "qwen3_vl_text": "gguf_qwen",
+    "qwen3_vl_moe_text": "gguf_qwen",
+    "gemma3_text": "gguf_gemma3",
+    "lfm2": "gguf_lfm2",
 }
 # model_type of the whole config -> module of this package.
 GGUF_VISION = {
     "idefics3": "gguf_idefics3",
     "smolvlm": "gguf_idefics3",
+    "qwen2_vl": "gguf_qwen_vl",
+    "qwen2_5_vl": "gguf_qwen_vl",
+    "qwen3_vl": "gguf_qwen_vl",
+    "qwen3_vl_moe": "gguf_qwen_vl",
+    "gemma3": "gguf_gemma3",
+    "lfm2_vl": "gguf_lfm2",
 }
 
 

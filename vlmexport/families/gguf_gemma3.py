@@ -1,0 +1,166 @@
+"""Gemma 3 in llama.cpp, both halves (b11549: src/models/gemma3.cpp, tools/mtmd/models/siglip.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.families.gguf_common import (
+    head_dim,
+    pixel_statistics,
+    refuse_weights,
+    require,
+    rope_metadata,
+    text_metadata,
+)
+from vlmexport.families.gguf_vision import encoder_rules, vision_metadata
+from vlmexport.model.family import GgufHalf, MetaValue, TensorRule, Transform, linear
+
+_ARCH = "gemma3"
+_GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_LAYERS_OF_27B = 62
+_ADD_ONE = Transform("add_one")
+_NORMS = {
+    "norm": "output_norm",
+    "layers.{i}.input_layernorm": "blk.{i}.attn_norm",
+    "layers.{i}.self_attn.q_norm": "blk.{i}.attn_q_norm",
+    "layers.{i}.self_attn.k_norm": "blk.{i}.attn_k_norm",
+    "layers.{i}.post_attention_layernorm": "blk.{i}.post_attention_norm",
+    "layers.{i}.pre_feedforward_layernorm": "blk.{i}.ffn_norm",
+    "layers.{i}.post_feedforward_layernorm": "blk.{i}.post_ffw_norm",
+}
+_LINEARS = {
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+    "layers.{i}.self_attn.q_proj": "blk.{i}.attn_q",
+    "layers.{i}.self_attn.k_proj": "blk.{i}.attn_k",
+    "layers.{i}.self_attn.v_proj": "blk.{i}.attn_v",
+    "layers.{i}.self_attn.o_proj": "blk.{i}.attn_output",
+    "layers.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
+    "layers.{i}.mlp.up_proj": "blk.{i}.ffn_up",
+    "layers.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+}
+
+
+def text(config: Any, names: Sequence[str]) -> GgufHalf:
+    """The rules and keys of the decoder; norms multiply by ``1 + w``, which the file holds as one number.
+
+    Raises `UnsupportedModelError` for what llama.cpp would compute otherwise.
+    """
+    require(config, "hidden_activation", _GELU_TANH, "llama.cpp's gemma3 has GELU by its tanh formula")
+    require(config, "attn_logit_softcapping", (None,), "llama.cpp's gemma3 does not cap attention")
+    require(config, "use_bidirectional_attention", (False, None), "llama.cpp's gemma3 attends to the past only")
+    refuse_weights(names, ("_proj.bias",), "llama.cpp's gemma3 has no tensor for it")
+    _check_attention_scale(config)
+    rules = (
+        *(linear(source, target) for source, target in _LINEARS.items()),
+        *(linear(source, target, _ADD_ONE) for source, target in _NORMS.items()),
+    )
+    metadata = {**_sizes(config), **_windows(config), **_rope(config)}
+    if config.final_logit_softcapping:
+        metadata[f"{_ARCH}.final_logit_softcapping"] = float(config.final_logit_softcapping)
+    return GgufHalf(_ARCH, rules, metadata)
+
+
+def _check_attention_scale(config: Any) -> None:
+    """llama.cpp divides by the root of the head's size; with as many layers as the 27B model, of hidden / heads."""
+    wide = int(config.num_hidden_layers) == _LAYERS_OF_27B
+    theirs = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
+    if int(config.query_pre_attn_scalar) != theirs:
+        raise UnsupportedModelError(
+            f"{config.model_type}: query_pre_attn_scalar is {config.query_pre_attn_scalar}, but llama.cpp's gemma3 "
+            f"takes {theirs} for a model of these sizes"
+        )
+
+
+def _sizes(config: Any) -> dict[str, MetaValue]:
+    """The common keys; a window does not limit the context here, since llama.cpp has Gemma's windows."""
+    context = f"{_ARCH}.context_length"
+    return {**text_metadata(config, _ARCH), context: int(config.max_position_embeddings)}
+
+
+def _windows(config: Any) -> dict[str, MetaValue]:
+    """Which layers see a window only; nothing when none does."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    if not any(sliding):
+        return {}
+    if not config.sliding_window:
+        raise UnsupportedModelError(f"{config.model_type}: layers of sliding_attention without a sliding_window")
+    return {
+        f"{_ARCH}.attention.sliding_window": int(config.sliding_window),
+        f"{_ARCH}.attention.sliding_window_pattern": sliding,
+    }
+
+
+def _rope(config: Any) -> dict[str, MetaValue]:
+    """The bases of global and local layers and the scaling of the global ones: llama.cpp never scales local ones."""
+    full, local = (config.rope_parameters.get(kind) for kind in ("full_attention", "sliding_attention"))
+    keys: dict[str, MetaValue] = {}
+    if local is not None:
+        require(
+            SimpleNamespace(model_type=config.model_type, **local),
+            "rope_type",
+            ("default",),
+            "llama.cpp's gemma3 does not scale the positions of its local layers",
+        )
+        keys[f"{_ARCH}.rope.freq_base_swa"] = float(local["rope_theta"])
+    sizes = ("model_type", "max_position_embeddings", "hidden_size", "num_attention_heads", "head_dim")
+    view = SimpleNamespace(rope_parameters=full or local, **{key: getattr(config, key) for key in sizes})
+    return {**rope_metadata(view, _ARCH)[0], **keys}
+
+
+def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -> GgufHalf:
+    """The rules and keys of the SigLIP tower with Gemma's projector.
+
+    Raises `UnsupportedModelError` for an activation or an image treatment that llama.cpp does not have.
+    """
+    del names
+    encoder = config.vision_config
+    require(encoder, "hidden_act", _GELU_TANH, "llama.cpp's encoder has GELU by its tanh formula")
+    if encoder.hidden_size == encoder.intermediate_size:
+        raise UnsupportedModelError(
+            f"{config.model_type}: the vision MLP is as wide as the tower ({encoder.hidden_size}), which llama.cpp "
+            "takes for a file with its two matrices swapped"
+        )
+    if preprocessor.get("do_pan_and_scan"):
+        raise UnsupportedModelError(
+            f"{config.model_type}: do_pan_and_scan adds cut-outs of long pictures, but llama.cpp shows them whole"
+        )
+    metadata = {
+        **vision_metadata(config, "gemma3"),
+        **pixel_statistics(preprocessor, config.model_type),
+        "clip.use_gelu": True,
+        "clip.vision.attention.layer_norm_epsilon": float(encoder.layer_norm_eps),
+        "clip.vision.projector.scale_factor": _pool_side(config),
+    }
+    tower, projector = "model.vision_tower", "model.multi_modal_projector"
+    rules = (
+        *encoder_rules(f"{tower}.encoder.layers.{{i}}"),
+        linear(f"{tower}.embeddings.patch_embedding", "v.patch_embd"),
+        linear(f"{tower}.embeddings.position_embedding", "v.position_embd"),
+        linear(f"{tower}.post_layernorm", "v.post_ln"),
+        TensorRule(f"{projector}.mm_input_projection_weight", ("mm.input_projection.weight",), whole=True),
+        linear(f"{projector}.mm_soft_emb_norm", "mm.soft_emb_norm", _ADD_ONE),
+    )
+    return GgufHalf(
+        "gemma3",
+        rules,
+        metadata,
+        unused={f"{tower}.head.*": "the tower's pooling head, which the language model does not read"},
+        # llama.cpp transposes the projection when it runs, which blocks of a quantized type cannot be.
+        always_f32=("v.patch_embd.weight", "v.position_embd.weight", "mm.input_projection.weight"),
+    )
+
+
+def _pool_side(config: Any) -> int:
+    """Patches of one side that become one token."""
+    side = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
+    tokens = int(config.mm_tokens_per_image**0.5)
+    if tokens**2 != config.mm_tokens_per_image or side % tokens:
+        raise UnsupportedModelError(
+            f"{config.model_type}: mm_tokens_per_image is {config.mm_tokens_per_image}, but llama.cpp pools {side} x "
+            f"{side} patches by squares"
+        )
+    return side // tokens
