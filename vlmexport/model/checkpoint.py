@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.importers import check_method
+from vlmexport.model.lora_files import base_name, is_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -46,8 +47,9 @@ def read_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Checkpoin
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        if (path / "adapter_config.json").is_file():
-            raise BadInputError(f"{path} is a LoRA adapter; merge it into its base model first (merge_and_unload)")
+        if is_adapter(path):
+            base = base_name(path) or "BASE"
+            raise BadInputError(f"{path} is a LoRA adapter; give its base and merge it: --model {base} --lora {path}")
         raise BadInputError(f"{path} has no config.json; give the folder that `save_pretrained` wrote")
     config = _read_json(file)
     if not config.get("model_type") and "auto_map" not in config:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmexport.errors import UnsupportedModelError
+from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.calling_transformers import clear_errors, quiet_transformers
 from vlmexport.model.checkpoint import Checkpoint, check_loading, read_checkpoint
 from vlmexport.model.importers.packed import QuantizedCheckpoint
@@ -17,6 +17,8 @@ from vlmexport.model.source import resolve_source
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from vlmexport.model.lora import MergedAdapter
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -45,6 +47,7 @@ class VLM:
 
     `source` is what the user typed, `path` the local folder. Call `processor()` for the Hugging Face processor. Where
     the checkpoint came quantized, `quantized` holds its codes, and `model` is in float32 with exactly what they mean.
+    Where an adapter was merged, `lora` says which; the weights are then those in `path` with it.
     """
 
     source: str
@@ -54,6 +57,7 @@ class VLM:
     facts: ModelFacts
     trust_remote_code: bool = False
     quantized: QuantizedCheckpoint | None = None
+    lora: MergedAdapter | None = None
 
     def processor(self) -> Any:
         """The model's processor (image processor, tokenizer, chat template)."""
@@ -66,8 +70,8 @@ class VLM:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
 
-def load_vlm(source: str, *, trust_remote_code: bool = False) -> VLM:
-    """Load the model `source` (a folder, a hub id, or ``demo``).
+def load_vlm(source: str, *, lora: str | None = None, trust_remote_code: bool = False) -> VLM:
+    """Load the model `source` (a folder, a hub id, or ``demo``) and merge the LoRA adapter `lora` (folder or hub id).
 
     Every tensor of the checkpoint is accounted for: nothing is filled with random numbers and nothing is left over. A
     quantized checkpoint keeps its codes (see `vlmexport.model.packed`). Raises `BadInputError` with one clear line for
@@ -83,7 +87,21 @@ def load_vlm(source: str, *, trust_remote_code: bool = False) -> VLM:
         model, quantized, dtype = load_packed(checkpoint, trust_remote_code=trust_remote_code)
     model.eval()
     model.requires_grad_(False)
-    return VLM(source, path, model.config, model, model_facts(model, dtype), trust_remote_code, quantized)
+    merged = None if lora is None else _merge(model, lora, source, quantized)
+    facts = model_facts(model, dtype)
+    return VLM(source, path, model.config, model, facts, trust_remote_code, quantized, merged)
+
+
+def _merge(model: PreTrainedModel, lora: str, source: str, quantized: QuantizedCheckpoint | None) -> MergedAdapter:
+    from vlmexport.model.lora import merge_adapter
+    from vlmexport.model.lora_files import read_adapter
+
+    if quantized is not None:
+        raise BadInputError(
+            f"{source} is quantized already ({quantized.summary}); merging {lora} would round its weights a second "
+            "time: give the original weights as --model"
+        )
+    return merge_adapter(model, read_adapter(lora), source)
 
 
 def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrainedModel:
