@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlmexport.manifest import Artifact
 
 GREEDY = Sampling()
+GGUF_LAYOUT = "gguf"
 
 
 @dataclass
@@ -85,7 +86,11 @@ def answer(
     *,
     threads: int = 0,
 ) -> Answer:
-    """Answer `prompt` about `images` from the exported graphs alone; `on_text` gets the text piece by piece."""
+    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text piece by piece."""
+    if artifact.manifest.layout == GGUF_LAYOUT:
+        from vlmexport.runtime.llamacpp.export import answer_gguf
+
+        return answer_gguf(artifact, images, prompt, sampling, on_text, threads=threads)
     from vlmexport.runtime.ort import OnnxRunner
     from vlmexport.runtime.prompt import PromptBuilder
 
@@ -94,16 +99,27 @@ def answer(
     runner = OnnxRunner(artifact, threads=threads)
     timings = Timings(load_ms=1000 * runner.load())
     stream = TextStream(builder.tokenizer, sampling.stop)
-    tokens: list[int] = []
-    for (token,) in generate_steps(runner, [inputs], sampling, timings):
-        if token is None:
-            break
-        tokens.append(token)
+    tokens = collect(_until_end(generate_steps(runner, [inputs], sampling, timings)), stream, on_text)
+    return Answer(stream.text, tokens, int(inputs.input_ids.shape[1]), timings.to_dict())
+
+
+def collect(tokens: Iterable[int], stream: TextStream, on_text: Callable[[str], None]) -> tuple[int, ...]:
+    """Show an answer's tokens as text while they come, until they end or a stop text does; what was taken of them."""
+    taken: list[int] = []
+    for token in tokens:
+        taken.append(token)
         _emit(on_text, stream.push(token))
         if stream.stopped:
             break
     _emit(on_text, stream.finish())
-    return Answer(stream.text, tuple(tokens), int(inputs.input_ids.shape[1]), timings.to_dict())
+    return tuple(taken)
+
+
+def _until_end(steps: Iterator[list[int | None]]) -> Iterator[int]:
+    for (token,) in steps:
+        if token is None:
+            return
+        yield token
 
 
 def _emit(on_text: Callable[[str], None], text: str) -> None:

@@ -13,20 +13,8 @@ from functools import cache
 from typing import Any
 
 from vlmexport.errors import NotPossibleHereError
+from vlmexport.quantize.ggml.library import ggml_library, require_library
 from vlmexport.runtime.llamacpp.structs import Batch, ContextParams, InputText, ModelParams, MtmdParams
-
-try:  # TODO(E): helper A's
-    from vlmexport.quantize.ggml.library import ggml_library, library_path
-except ImportError:
-
-    def library_path():
-        import xllamacpp.xllamacpp
-
-        return xllamacpp.xllamacpp.__file__
-
-    def ggml_library():
-        return None
-
 
 FLASH_AUTO = -1
 FLASH_OFF = 0
@@ -85,7 +73,10 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mtmd_get_output_embd": (POINTER(c_float), (c_void_p,)),
     "mtmd_helper_decode_image_chunk": (
         c_int32,
-        (c_void_p, c_void_p, c_void_p, POINTER(c_float), c_int32, c_int32, c_int32, POINTER(c_int32), c_void_p, c_void_p),
+        (
+            c_void_p, c_void_p, c_void_p, POINTER(c_float), c_int32, c_int32, c_int32, POINTER(c_int32),
+            c_void_p, c_void_p,
+        ),
     ),
 }  # fmt: skip
 
@@ -122,7 +113,7 @@ class Log:
         self._lines.clear()
 
     def message(self, without: str = "it gave no reason") -> str:
-        """The lines in one, without the names of C++ functions and without repetitions; `without` when there is none."""
+        """The lines in one, without the names of C++ functions and each once; `without` when there is none."""
         said: list[str] = []
         for line in "".join(self._lines).splitlines():
             text = re.sub(r"^\s*(\w+: )+(error: )?", "", line).strip()
@@ -145,8 +136,8 @@ def llama() -> Any:
 
     Raises `NotPossibleHereError` where the pinned wheel is missing or its structs are not the ones we know.
     """
-    ggml_library()
-    library = ctypes.CDLL(str(library_path()))
+    ggml_library()  # which refuses other wheels and other bytes; its own handle keeps its own prototypes
+    library = ctypes.CDLL(str(require_library()))
     for name, (result, arguments) in _PROTOTYPES.items():
         function = getattr(library, name, None)
         if function is None:
@@ -171,5 +162,5 @@ def check_defaults(library: Any) -> None:
 
 def _foreign(what: str) -> NotPossibleHereError:
     return NotPossibleHereError(
-        f"{library_path()} is not the llama.cpp that vlmexport knows ({what}); pip install 'vlmexport[gguf]'"
+        f"{require_library()} is not the llama.cpp that vlmexport knows ({what}); pip install 'vlmexport[gguf]'"
     )

@@ -86,16 +86,10 @@ def cut(vision: Any, text: str, images: Sequence[Image], add_special: bool) -> L
     Raises `BadInputError` with llama.cpp's message (another number of markers than of images, say).
     """
     library = llama()
-    encoded = text.encode()
     owner = library.mtmd_input_chunks_init()
     bitmaps = [_bitmap(image) for image in images]
-    LOG.clear()
     try:
-        request = InputText(encoded, len(encoded), add_special, True)
-        pointers = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
-        code = library.mtmd_tokenize(vision, owner, ctypes.byref(request), pointers, len(bitmaps))
-        if code:
-            raise BadInputError(f"llama.cpp does not take the prompt: {LOG.message()}")
+        _tokenize(vision, owner, text.encode(), bitmaps, add_special)
         count = library.mtmd_input_chunks_size(owner)
         chunks = [_chunk(library.mtmd_input_chunks_get(owner, i)) for i in range(count)]
     except BaseException:
@@ -105,6 +99,14 @@ def cut(vision: Any, text: str, images: Sequence[Image], add_special: bool) -> L
         for bitmap in bitmaps:
             library.mtmd_bitmap_free(bitmap)
     return LlamaPrompt(chunks, owner)
+
+
+def _tokenize(vision: Any, owner: Any, text: bytes, bitmaps: Sequence[Any], add_special: bool) -> None:
+    request = InputText(text, len(text), add_special, True)
+    pointers = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
+    LOG.clear()
+    if llama().mtmd_tokenize(vision, owner, ctypes.byref(request), pointers, len(bitmaps)):
+        raise BadInputError(f"llama.cpp does not take the prompt: {LOG.message()}")
 
 
 def _bitmap(image: Image) -> Any:
