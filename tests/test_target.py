@@ -4,7 +4,7 @@ from importlib import resources
 import pytest
 
 from vlmexport.errors import BadInputError
-from vlmexport.target import load_target, parse_target, target_names
+from vlmexport.target import load_target, onnx_target_names, parse_target, target_names
 
 
 def raw(name: str = "cpu") -> dict[str, object]:
@@ -59,3 +59,28 @@ def test_missing_keys_and_foreign_versions_are_refused() -> None:
         parse_target(data, "cpu")
     with pytest.raises(BadInputError, match="version must be 1"):
         parse_target({**raw(), "version": 2}, "cpu")
+
+
+def test_a_target_without_onnx_is_no_choice_for_onnx_graphs() -> None:
+    llamacpp = load_target("llamacpp")
+    assert "llamacpp" in target_names()
+    assert "llamacpp" not in onnx_target_names()
+    assert {"cpu", "cuda"} <= set(onnx_target_names())
+    with pytest.raises(BadInputError, match=r"target llamacpp takes no ONNX graphs; choose one of cpu, cuda"):
+        _ = llamacpp.onnx
+    with pytest.raises(BadInputError, match="target llamacpp has no limits for ONNX graphs"):
+        _ = llamacpp.parity
+    with pytest.raises(BadInputError, match="target cpu has no limits for GGUF files"):
+        _ = load_target("cpu").gguf_parity
+    assert llamacpp.gguf_parity.weights["Q4_K"] == (0.12, 0.20)
+
+
+def test_limits_are_needed_for_every_tensor_type() -> None:
+    data = raw("llamacpp")
+    del data["parity"]["weights"]["Q4_K"]  # type: ignore[index]
+    with pytest.raises(BadInputError, match=r"parity.weights: missing types \['Q4_K'\], unknown types \[\]"):
+        parse_target(data, "llamacpp")
+    data = raw("llamacpp")
+    data["parity"]["weights_importance"]["Q4_K"] = 0.1  # type: ignore[index]
+    with pytest.raises(BadInputError, match="Q4_K must be two numbers \(tensor, worst block\)"):
+        parse_target(data, "llamacpp")

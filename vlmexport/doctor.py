@@ -99,6 +99,8 @@ def _package(name: str) -> Finding:
 
 
 def _target(target: Target, providers: tuple[str, ...]) -> Finding:
+    if target.onnx_settings is None:
+        return _llama_cpp(target)
     if target.provider not in providers:
         have = ", ".join(providers) or "no ONNX Runtime"
         detail = f"exports can be made here; running them needs {target.provider}, ONNX Runtime has {have}"
@@ -107,6 +109,13 @@ def _target(target: Target, providers: tuple[str, ...]) -> Finding:
     else:
         detail = f"exports can be made here; ONNX Runtime has {target.provider}, but it finds no device or driver"
     return Finding("targets", target.name, False, detail, provider_fix(target.provider))
+
+
+def _llama_cpp(target: Target) -> Finding:
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return Finding("targets", target.name, True, target.description)
+    detail = "files can be written here; running them needs llama.cpp, which comes with xllamacpp"
+    return Finding("targets", target.name, False, detail, "pip install 'vlmexport[gguf]'")
 
 
 def provider_fix(provider: str) -> str:

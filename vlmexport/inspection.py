@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoint
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.gguf_options import GgufOptions
+from vlmexport.gguf_plan import plan_gguf
 from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, float_weights, plan_export
 from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
 from vlmexport.quantize.scheme import make_scheme
-from vlmexport.target import load_target, target_names
+from vlmexport.target import Target, load_target, onnx_target_names, target_names
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 CONTEXTS = (1024, 4096, 32768)
 _PICTURE_SIZES = ((224, 224), (640, 480), (480, 640), (1920, 1080))
 _INT4_GROUP = 32
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:
 
 def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> TargetReport:
     target = load_target(name)
+    if target.onnx_settings is None:
+        return _gguf_report(target, vlm)
     if split is None:
         return TargetReport(name, False, refusal)
     try:
@@ -210,6 +215,20 @@ def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> Ta
     return TargetReport(name, True, f"{target.description}; {megabytes:.1f} MB of weights with the default options")
 
 
+def _gguf_report(target: Target, vlm: VLM) -> TargetReport:
+    """Whether llama.cpp has a place for every weight and a tokenizer to write; no split is needed for that."""
+    if not any((vlm.path / name).is_file() for name in _TOKENIZERS):
+        return TargetReport(target.name, False, f"{vlm.path} has none of {', '.join(_TOKENIZERS)}")
+    try:
+        plan = plan_gguf(vlm, GgufOptions())
+    except BadInputError as error:
+        return TargetReport(target.name, False, str(error))
+    megabytes = sum(t.bytes for t in plan.tensors) / 1e6
+    return TargetReport(
+        target.name, True, f"{target.description}; {megabytes:.1f} MB of weights as {plan.options.quant}"
+    )
+
+
 def _kept_recipe(vlm: VLM, kept: QuantizedCheckpoint, split: Split | None, targets: Sequence[TargetReport]) -> Recipe:
     """What to do with a quantized checkpoint, described by the format that most of its weights have."""
     most: CodeFormat = Counter(
@@ -217,7 +236,7 @@ def _kept_recipe(vlm: VLM, kept: QuantizedCheckpoint, split: Split | None, targe
     ).most_common(1)[0][0]
     reason = f"the codes of the {kept.method} checkpoint are kept as they are; nothing is rounded again"
     command = f"vlmexport onnx --model {vlm.source} --out OUT"
-    able = [target.name for target in targets if target.can_export]
+    able = _onnx_targets(targets)
     if able and OnnxOptions.target not in able:
         command += f" --target {able[0]}"
     if split is not None and not able:
@@ -240,7 +259,11 @@ def _without_target(vlm: VLM, split: Split) -> tuple[str, str]:
 
 def _first_command(split: Split | None, targets: Sequence[TargetReport]) -> str:
     """``quantize`` for a model that a checkpoint may hold and no target takes, else ``onnx``."""
-    return "onnx" if split is None or any(target.can_export for target in targets) else "quantize"
+    return "onnx" if split is None or _onnx_targets(targets) else "quantize"
+
+
+def _onnx_targets(targets: Sequence[TargetReport]) -> list[str]:
+    return [target.name for target in targets if target.can_export and target.name in onnx_target_names()]
 
 
 def suggest_recipe(model: str, parameters: int, command_name: str = "onnx") -> Recipe:

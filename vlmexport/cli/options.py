@@ -17,7 +17,7 @@ from vlmexport.plan import OnnxOptions
 from vlmexport.plan_file import AutoLimit, QuantPlan, load_plan_file
 from vlmexport.quantize.registry import CHOICES, REFUSED, refusal
 from vlmexport.quantize.scheme import BITS, DEFAULT_ALGORITHM, QuantScheme, make_scheme
-from vlmexport.target import target_names
+from vlmexport.target import onnx_target_names
 
 Command = Callable[..., Any]
 
@@ -28,6 +28,14 @@ FOLDER = click.Path(path_type=Path)
 
 model_argument = click.argument("model", metavar="MODEL")
 model_option = click.option("--model", required=True, metavar="MODEL", help=MODEL_HELP)
+lora_option = click.option(
+    "--lora", default=None, metavar="ADAPTER", show_default="none",
+    help="LoRA adapter (PEFT's folder, or a hub id) to merge into MODEL before anything else.",
+)  # fmt: skip
+reference_lora_option = click.option(
+    "--lora", default=None, metavar="ADAPTER", show_default="the one it was exported with",
+    help="LoRA adapter to merge into the original model.",
+)  # fmt: skip
 reference_option = click.option(
     "--model", default=None, metavar="MODEL", show_default="the one it was exported from",
     help="The original model to compare with.",
@@ -258,7 +266,7 @@ _ONNX_OPTIONS = (
         "--layout", type=click.Choice(["split"]), default="split", show_default=True, help="Files of the export."
     ),
     click.option(
-        "--target", type=click.Choice(target_names()), default="cpu", show_default=True,
+        "--target", type=click.Choice(onnx_target_names()), default="cpu", show_default=True,
         help="What the export will run on.",
     ),
     KEEP_OPTION,

@@ -56,7 +56,7 @@ def lower(model: Model, options: OnnxOptions, **changes: Any) -> DecoderGraph:
     """The decoder graph; `changes` replace fields of the target's ONNX settings, `repeat` goes to the trace."""
     repeat = changes.pop("repeat", True)
     target = load_target("cpu")
-    target = dataclasses.replace(target, onnx=dataclasses.replace(target.onnx, **changes))
+    target = dataclasses.replace(target, onnx_settings=dataclasses.replace(target.onnx, **changes))
     plan = plan_export(model.vlm, model.split, target, options)
     weights = DecoderWeights(weight_names(model.vlm.model, model.part.module), plan.schemes)
     with mock.patch.object(decoder, "trace_decoder", _trace_once):
