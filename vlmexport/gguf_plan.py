@@ -41,6 +41,7 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
     placed = [
         *_place("text", text, {own: weights[name] for name, own in text_names.items()}, unused, _back(text_names)),
         *_place("mmproj", vision, {name: weights[name] for name in others}, unused, {}),
+        *_borrowed(vision, {own: (name, weights[name]) for name, own in text_names.items()}),
     ]
     facts = _mix_facts(vlm, text)
     tensors = [
@@ -76,15 +77,28 @@ def family_halves(vlm: VLM, text_names: Iterable[str], vision_names: Iterable[st
 
 
 def preprocessor_config(vlm: VLM) -> dict[str, Any]:
-    """The image processor's parsed settings; raises `BadInputError` when the model's folder has none."""
+    """The image processor's parsed settings; raises `BadInputError` when the model's folder has none.
+
+    ``added_tokens`` are the ids of the tokenizer's added tokens by their text, which some vision halves need.
+    """
     import json
 
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = vlm.path / name
         if file.is_file():
             data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return dict(data.get("image_processor", data))
+            return {**data.get("image_processor", data), "added_tokens": _added_tokens(vlm)}
     raise BadInputError(f"{vlm.path} has no preprocessor_config.json, so llama.cpp could not prepare images as it does")
+
+
+def _added_tokens(vlm: VLM) -> dict[str, int]:
+    import json
+
+    file = vlm.path / "tokenizer.json"
+    if not file.is_file():
+        return {}
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    return {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or ()}
 
 
 def _text_names(vlm: VLM, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, str]]:
@@ -148,6 +162,16 @@ def _place(
         ]
     placed += [_Placed(name, file, _shape(value), "", None, 0) for name, value in half.computed.items()]
     _check_unique(placed)
+    return placed
+
+
+def _borrowed(half: GgufHalf, text_weights: Mapping[str, tuple[str, torch.Tensor]]) -> list[_Placed]:
+    """The tensors that the mmproj file makes from the text model's weights, which have their own place besides."""
+    placed = []
+    for rule in half.borrowed:
+        name, weight = text_weights[rule.source]
+        for output, (target, shape) in enumerate(zip(rule.targets, _shapes(weight, rule.transform), strict=True)):
+            placed.append(_Placed(target, "mmproj", shape, name, rule.transform, output))
     return placed
 
 

@@ -32,6 +32,10 @@ GGUF_TEXT = {
 GGUF_VISION = {
     "idefics3": "gguf_idefics3",
     "smolvlm": "gguf_idefics3",
+    "llava": "gguf_llava",
+    "llava_next": "gguf_llava",
+    "mistral3": "gguf_pixtral",
+    "internvl": "gguf_internvl",
     "qwen2_vl": "gguf_qwen_vl",
     "qwen2_5_vl": "gguf_qwen_vl",
     "qwen3_vl": "gguf_qwen_vl",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.family import MetaValue, TensorRule, linear
 
 
@@ -43,3 +44,25 @@ def encoder_rules(block: str) -> tuple[TensorRule, ...]:
         "mlp.fc2": "ffn_down",
     }
     return tuple(linear(f"{block}.{source}", f"v.blk.{{i}}.{target}") for source, target in names.items())
+
+
+def blocks_used(config: Any) -> int:
+    """How many of the encoder's blocks the features pass through: ``vision_feature_layer`` of the whole config.
+
+    -1 is all of them; -2 leaves the last one out. Raises `UnsupportedModelError` for several layers at once.
+    """
+    layer, blocks = getattr(config, "vision_feature_layer", -1), int(config.vision_config.num_hidden_layers)
+    if isinstance(layer, list | tuple):
+        if len(layer) != 1:
+            raise UnsupportedModelError(
+                f"{config.model_type}: vision_feature_layer is {list(layer)}; the features of one layer are supported"
+            )
+        layer = layer[0]
+    return int(layer) if layer >= 0 else blocks + 1 + int(layer)
+
+
+def unused_blocks(config: Any, block: str) -> dict[str, str]:
+    """Patterns of the blocks after the last one that features pass through; `block` is its name with ``{i}``."""
+    reason = f"vision_feature_layer is {config.vision_feature_layer}: the features are taken before this block"
+    layers = range(blocks_used(config), int(config.vision_config.num_hidden_layers))
+    return {f"{block.replace('{i}', str(layer))}.*": reason for layer in layers}

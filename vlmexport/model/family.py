@@ -30,7 +30,7 @@ class TensorRule:
 
     ``{i}`` in both stands for the number of a block. The rule holds for ``<source>.weight`` and ``<source>.bias``
     (``<target>.weight``, ``<target>.bias``); a `source` that is a parameter itself (``...class_embedding``) names it
-    whole (`whole`), and so do `targets` then. A target may carry an end of its own after a bar, in place of ``.weight``:
+    whole (`whole`), and so do `targets` then. A target may carry an end of its own after a bar, not ``.weight``:
     ``v.patch_embd|.weight.1``. Of a text half, names are those below the text model (``get_decoder()``), and
     ``lm_head``; of a vision half, names in the whole model. `transform` (of the weight; `bias_transform` of the bias)
     gives as many tensors as there are `targets`.
@@ -53,7 +53,8 @@ class GgufHalf:
     nested lists of numbers, in F32. `unused` are `fnmatch` patterns of weights that llama.cpp has no place for, each
     with the reason. `always_f32` are GGUF names (patterns) that keep F32 whatever was asked, beyond llama.cpp's
     general rules. `text_metadata` are keys that a vision half adds to the text file: what a decoder must know of the
-    images' features (``qwen3vl.n_deepstack_layers``).
+    images' features (``qwen3vl.n_deepstack_layers``). `borrowed` are rules by which a vision half makes tensors of its
+    own from the text model's weights (`whole`, by their names below the text model).
     """
 
     arch: str
@@ -63,6 +64,7 @@ class GgufHalf:
     unused: Mapping[str, str] = field(default_factory=dict)
     always_f32: tuple[str, ...] = ()
     text_metadata: Mapping[str, MetaValue] = field(default_factory=dict)
+    borrowed: tuple[TensorRule, ...] = ()
 
 
 def linear(source: str, target: str, transform: Transform | None = None, bias: Transform | None = None) -> TensorRule:

@@ -103,9 +103,29 @@ def _join_expert_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.cat((gate, up), dim=1)
 
 
+def _roll_rows(weight: torch.Tensor, shift: int) -> tuple[torch.Tensor, ...]:
+    """Rows ``[..., N, C]`` moved down by `shift`, around the end: -1 puts the first one last."""
+    return (weight.roll(shift, dims=-2),)
+
+
+def _unroll_rows(tensor: torch.Tensor, shift: int) -> torch.Tensor:
+    return tensor.roll(-shift, dims=-2)
+
+
+def _row(weight: torch.Tensor, index: int) -> tuple[torch.Tensor, ...]:
+    """One row of a table, ``[C]`` of ``[N, C]``; the table itself is not found again from it."""
+    return (weight[index],)
+
+
+def _no_table(tensor: torch.Tensor, index: int) -> torch.Tensor:
+    raise ValueError(f"row {index} of a table does not say what the table is")
+
+
 _KINDS: dict[str, _Kind] = {
     "permute": _Kind(_permute, _unpermute, rows_only=True),
     "add_one": _Kind(_add_one, _subtract_one),
+    "roll_rows": _Kind(_roll_rows, _unroll_rows),
+    "row": _Kind(_row, _no_table),
     "split_rows": _Kind(_split_rows, _join_rows, rows_only=True),
     "split_frames": _Kind(_split_frames, _join_frames),
     "patch_kernel": _Kind(_patch_kernel, _flat_patches),
