@@ -1,6 +1,7 @@
 """One typed function per command. The command line and notebooks call these, and nothing below them.
 
-Everything heavy is imported inside the functions, so importing this module costs nothing.
+Everything heavy is imported inside the functions, so importing this module costs nothing. `lora` is a LoRA adapter in
+PEFT's format (folder or hub id) that is merged into `model` before anything else.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from vlmexport.verify.result import ParityReport
 
 
-def inspect_model(model: str, *, trust_remote_code: bool = False) -> InspectReport:
+def inspect_model(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> InspectReport:
     """Describe `model` (a folder, a hub id or ``demo``) without exporting anything."""
     from vlmexport.inspection import inspect_vlm
     from vlmexport.model.load import load_vlm
 
-    return inspect_vlm(load_vlm(model, trust_remote_code=trust_remote_code))
+    return inspect_vlm(load_vlm(model, lora=lora, trust_remote_code=trust_remote_code))
 
 
 def plan_onnx(
@@ -44,6 +45,7 @@ def plan_onnx(
     calibration: CalibrationOptions | None = None,
     save_plan: Path | None = None,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> ExportPlan:
     """What `export_onnx` would do to every weight; nothing is exported.
@@ -61,7 +63,7 @@ def plan_onnx(
     watcher = progress or SilentProgress()
     target = load_target(options.target)
     check_options(options, target)
-    vlm, split = load_and_split(model, trust_remote_code, watcher)
+    vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora)
     with tempfile.TemporaryDirectory(prefix="vlmexport-") as work:
         chosen = calibration or CalibrationOptions()
         settled, quant_plan = settle_bits(vlm, split, target, options, chosen, Path(work), watcher)
@@ -79,6 +81,7 @@ def export_onnx(
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> ExportResult:
     """Export `model` into the folder `out` and, with `verify`, judge the result by the gate.
@@ -97,6 +100,7 @@ def export_onnx(
         force=force,
         verify=verify,
         progress=progress or SilentProgress(),
+        lora=lora,
         trust_remote_code=trust_remote_code,
     )
 
@@ -110,6 +114,7 @@ def quantize_checkpoint(
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> CheckpointResult:
     """Write `model` into `out` as a Hugging Face checkpoint with a quantized decoder and, with `verify`, check it.
@@ -126,19 +131,25 @@ def quantize_checkpoint(
         force=force,
         verify=verify,
         progress=progress or SilentProgress(),
+        lora=lora,
         trust_remote_code=trust_remote_code,
     )
 
 
 def plan_gguf(
-    model: str, options: GgufOptions, *, progress: Progress | None = None, trust_remote_code: bool = False
+    model: str,
+    options: GgufOptions,
+    *,
+    progress: Progress | None = None,
+    lora: str | None = None,
+    trust_remote_code: bool = False,
 ) -> GgufPlan:
     """What `export_gguf` would do to every weight; nothing is written."""
     from vlmexport.gguf_plan import plan_gguf as plan
     from vlmexport.model.load import load_vlm
 
     with (progress or SilentProgress()).stage("load model"):
-        vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+        vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
     return plan(vlm, options)
 
 
@@ -152,6 +163,7 @@ def export_gguf(
     threads: int = 0,
     force: bool = False,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> GgufResult:
     """Export `model` into `out` as two GGUF files for llama.cpp and, with `verify`, judge them there.
@@ -169,6 +181,7 @@ def export_gguf(
         threads=threads,
         force=force,
         progress=progress or SilentProgress(),
+        lora=lora,
         trust_remote_code=trust_remote_code,
     )
 
@@ -180,6 +193,7 @@ def measure_sensitivity(
     calibration: CalibrationOptions | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> Sensitivity:
     """What quantizing each decoder module of `model` alone by `scheme` (data-free) does to its answers.
@@ -194,7 +208,7 @@ def measure_sensitivity(
     watcher = progress or SilentProgress()
     if out is not None:
         check_report_folder(out)
-    vlm, split = load_and_split(model, trust_remote_code, watcher)
+    vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora)
     found = measure(vlm, split, scheme, calibration or CalibrationOptions(), watcher)
     if out is not None:
         write_report(found, out)
@@ -207,16 +221,22 @@ def verify_artifact(
     model: str | None = None,
     samples: Path | None = None,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
-    """Judge the export in `path` against `model` (default: the model it was made from).
+    """Judge the export in `path` against `model` and `lora` (default: the model and adapter it was made from).
 
     `samples` is a JSONL file of the user's own questions (image path, question, accepted answers).
     """
     from vlmexport.verify.run import verify_artifact as run_gate
 
     return run_gate(
-        path, model=model, samples=samples, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code
+        path,
+        model=model,
+        lora=lora,
+        samples=samples,
+        progress=progress or SilentProgress(),
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -226,6 +246,7 @@ def bench_artifact(
     model: str | None = None,
     record: bool = False,
     progress: Progress | None = None,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> BenchReport:
     """Measure the export in `path` and, in the same run, PyTorch with the original model.
@@ -235,7 +256,8 @@ def bench_artifact(
     from vlmexport.bench.run import bench_artifact as run_bench
     from vlmexport.manifest import open_artifact, record_result
 
-    report = run_bench(path, model=model, progress=progress or SilentProgress(), trust_remote_code=trust_remote_code)
+    watcher = progress or SilentProgress()
+    report = run_bench(path, model=model, lora=lora, progress=watcher, trust_remote_code=trust_remote_code)
     if record:
         record_result(open_artifact(path, check_hashes=False), "bench", report.to_dict())
     return report

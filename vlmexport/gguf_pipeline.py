@@ -46,6 +46,7 @@ def export_gguf(
     force: bool,
     verify: bool,
     progress: Progress,
+    lora: str | None = None,
     trust_remote_code: bool = False,
     threads: int = 0,
 ) -> GgufResult:
@@ -57,7 +58,7 @@ def export_gguf(
     check_destination(out, force)
     failed = out.with_name(out.name + ".failed")
     check_destination(failed, True)
-    vlm = _load(model, trust_remote_code, progress)
+    vlm = _load(model, lora, trust_remote_code, progress)
     plan = plan_gguf(vlm, options)
     vocabulary = _vocabulary(vlm, plan)
     with build_beside(out) as workspace, calibration_folder(out) as work:
@@ -66,7 +67,7 @@ def export_gguf(
         del weights, vlm  # the gate loads its own reference
         report = None
         if verify:
-            report = _verify(artifact, model, trust_remote_code, progress)
+            report = _verify(artifact, model, lora, trust_remote_code, progress)
             results = {**artifact.manifest.results, "verify": report.to_dict()}
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
@@ -74,11 +75,11 @@ def export_gguf(
     return GgufResult(Artifact(destination, artifact.manifest), plan, report)
 
 
-def _load(model: str, trust_remote_code: bool, progress: Progress) -> VLM:
+def _load(model: str, lora: str | None, trust_remote_code: bool, progress: Progress) -> VLM:
     from vlmexport.model.load import load_vlm
 
     with progress.stage("load model"):
-        return load_vlm(model, trust_remote_code=trust_remote_code)
+        return load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
 
 
 def _vocabulary(vlm: VLM, plan: GgufPlan) -> Vocabulary:
@@ -198,9 +199,11 @@ def _model(vlm: VLM, plan: GgufPlan, vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _verify(artifact: Artifact, model: str, trust_remote_code: bool, progress: Progress) -> ParityReport:
+def _verify(
+    artifact: Artifact, model: str, lora: str | None, trust_remote_code: bool, progress: Progress
+) -> ParityReport:
     from vlmexport.verify.run import verify_artifact
 
     return verify_artifact(
-        artifact.path, model=model, samples=None, progress=progress, trust_remote_code=trust_remote_code
+        artifact.path, model=model, lora=lora, samples=None, progress=progress, trust_remote_code=trust_remote_code
     )

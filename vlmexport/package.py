@@ -18,6 +18,7 @@ from vlmexport.target import Target
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import QuantizedCheckpoint
     from vlmexport.model.load import VLM
+    from vlmexport.model.lora import MergedAdapter
     from vlmexport.split.parts import Split
 
 # What a runtime or processor reads beside the weights: configs, tokenizer, processor and chat template.
@@ -90,6 +91,18 @@ def source_facts(vlm: VLM) -> dict[str, Any]:
         "dtype": vlm.facts.dtype,
         "files": {file.name: file_sha256(file) for file in files},
         **({} if vlm.quantized is None else {"quantization": _quantization(vlm.quantized)}),
+        **({} if vlm.lora is None else {"lora": _lora(vlm.lora)}),
+    }
+
+
+def _lora(merged: MergedAdapter) -> dict[str, Any]:
+    """Which adapter was merged, with the digests of its files: `verify` merges it again."""
+    return {
+        "path": merged.source,
+        "files": {file.name: file_sha256(file) for file in merged.files},
+        "changed": len(merged.changed),
+        "untied": merged.untied,
+        "notes": list(merged.notes),
     }
 
 

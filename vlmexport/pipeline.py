@@ -50,6 +50,7 @@ def export_onnx(
     force: bool,
     verify: bool,
     progress: Progress,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> ExportResult:
     """Export `model` into the folder `out`.
@@ -62,7 +63,7 @@ def export_onnx(
     check_destination(failed, True)  # an earlier failed export may be replaced, a folder of the user's may not
     target = load_target(options.target)
     check_options(options, target)
-    vlm, split = load_and_split(model, trust_remote_code, progress)
+    vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
     chosen = calibration or CalibrationOptions()
     if options.choice is None:
         plan_export(vlm, split, target, options)  # refuses before finished layers are at stake
@@ -79,7 +80,7 @@ def export_onnx(
         del vlm, split  # the gate loads its own reference: two models in memory would be one too many
         report = None
         if verify:
-            report = _verify(artifact, model, trust_remote_code, progress)
+            report = _verify(artifact, model, lora, trust_remote_code, progress)
             results = {**artifact.manifest.results, "verify": report.to_dict()}
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         red = report is not None and report.status == "failed"
@@ -88,13 +89,15 @@ def export_onnx(
     return ExportResult(Artifact(destination, artifact.manifest), report, quant_plan)
 
 
-def load_and_split(model: str, trust_remote_code: bool, progress: Progress) -> tuple[VLM, Split]:
-    """The first two stages."""
+def load_and_split(
+    model: str, trust_remote_code: bool, progress: Progress, *, lora: str | None = None
+) -> tuple[VLM, Split]:
+    """The first two stages; `lora` is an adapter that is merged into `model`."""
     from vlmexport.model.load import load_vlm
     from vlmexport.split.capture import split_model
 
     with progress.stage("load model"):
-        vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+        vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
     with progress.stage("split and replay"):
         return vlm, split_model(vlm)
 
@@ -117,9 +120,11 @@ def _lower_and_package(
         return package(vlm, split, plan, target, emitted, folder, calibration)
 
 
-def _verify(artifact: Artifact, model: str, trust_remote_code: bool, progress: Progress) -> ParityReport:
+def _verify(
+    artifact: Artifact, model: str, lora: str | None, trust_remote_code: bool, progress: Progress
+) -> ParityReport:
     from vlmexport.verify.run import verify_artifact
 
     return verify_artifact(
-        artifact.path, model=model, samples=None, progress=progress, trust_remote_code=trust_remote_code
+        artifact.path, model=model, lora=lora, samples=None, progress=progress, trust_remote_code=trust_remote_code
     )

@@ -104,7 +104,7 @@ class QuantPlan:
                 f"the plan was made for a {self.architecture}, {vlm.source} is a {vlm.facts.architecture}; "
                 "make one for it with --quant auto"
             )
-        if model_fingerprint(vlm.path) != self.fingerprint:
+        if model_fingerprint(vlm.path, vlm.adapter_files) != self.fingerprint:
             raise BadInputError(
                 f"the plan was made for other weights than those of {vlm.source}; make one for them with --quant auto"
             )
@@ -167,8 +167,8 @@ def _parse(data: dict[str, Any], path: Path) -> QuantPlan:
     return QuantPlan(**{**values, "scheme": scheme, "keep": tuple(keep)})
 
 
-def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the config and all weight files of a model's folder."""
+def model_fingerprint(folder: Path, adapter: tuple[Path, ...] = ()) -> str:
+    """SHA-256 over the config and weight files of a model's folder, and the files of an `adapter` merged into it."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    digests = {file.name: file_sha256(file) for file in files}
+    digests = {file.name: file_sha256(file) for file in files} | {f"lora/{f.name}": file_sha256(f) for f in adapter}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

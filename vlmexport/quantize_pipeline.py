@@ -56,6 +56,7 @@ def quantize_checkpoint(
     force: bool,
     verify: bool,
     progress: Progress,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> CheckpointResult:
     """Write `model` into the folder `out` as a Hugging Face checkpoint with a quantized decoder.
@@ -67,7 +68,7 @@ def quantize_checkpoint(
     failed = out.with_name(out.name + ".failed")
     check_destination(failed, True, CHECKPOINT_MANIFEST_NAME)
     check_checkpoint_options(options)
-    vlm, split = load_and_split(model, trust_remote_code, progress)
+    vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
     chosen = calibration or CalibrationOptions()
     if options.choice is None:
         _check_any(plan_checkpoint(vlm, split, options))  # refuses before finished layers are at stake
@@ -86,7 +87,7 @@ def quantize_checkpoint(
         del weights, vlm, split  # the checks load models of their own: two in memory would be one too many
         report = None
         if verify:
-            report = _verify(workspace, model, trust_remote_code, progress)
+            report = _verify(workspace, model, lora, trust_remote_code, progress)
             results = {"verify": report.to_dict()}
             manifest = write_checkpoint_manifest(workspace, dataclasses.replace(manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
@@ -169,7 +170,7 @@ def _package(
     return write_checkpoint_manifest(folder, manifest)
 
 
-def _verify(folder: Path, model: str, trust_remote_code: bool, progress: Progress) -> ParityReport:
+def _verify(folder: Path, model: str, lora: str | None, trust_remote_code: bool, progress: Progress) -> ParityReport:
     from vlmexport.verify.checkpoint import verify_checkpoint
 
-    return verify_checkpoint(folder, model, progress, trust_remote_code=trust_remote_code)
+    return verify_checkpoint(folder, model, progress, lora=lora, trust_remote_code=trust_remote_code)

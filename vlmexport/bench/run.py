@@ -51,6 +51,7 @@ def bench_artifact(
     path: Path,
     *,
     model: str | None = None,
+    lora: str | None = None,
     prompt: str = DEFAULT_PROMPT,
     images: Sequence[Path] = (),
     tokens: int = 64,
@@ -73,7 +74,7 @@ def bench_artifact(
         prepared = _inputs(artifact, prompt, images)
         save_inputs(prepared, inputs)
         base = Contender("artifact", str(path), "float32", threads, str(inputs), tokens, trust_remote_code)
-        contenders, note = _contenders(artifact, model, base)
+        contenders, note = _contenders(artifact, model, lora, base)
         measured = _measure(contenders, rounds, progress or SilentProgress())
     ours = _with_size(measured.pop("artifact"), sum(f.bytes for f in artifact.manifest.files.values()))
     size = folder_bytes(Path(contenders["pytorch_fp32"].path), _is_weights) if measured else 0
@@ -111,22 +112,27 @@ def _drawn_picture() -> Image:
     return picture
 
 
-def _contenders(artifact: Artifact, model: str | None, base: Contender) -> tuple[dict[str, Contender], str]:
+def _contenders(
+    artifact: Artifact, model: str | None, lora: str | None, base: Contender
+) -> tuple[dict[str, Contender], str]:
     """All contenders by name, and what to say about the references."""
-    source = model or str(artifact.manifest.source.get("model", ""))
+    made_from = artifact.manifest.source
+    source = model or str(made_from.get("model", ""))
+    adapter = lora or (made_from.get("lora") or {}).get("path")
     try:
         original = resolve_source(source, trust_remote_code=base.trust_remote_code)
         read_checkpoint(original, trust_remote_code=base.trust_remote_code)
     except (BadInputError, NotPossibleHereError) as error:
-        if model:
+        if model or lora:
             raise
         return {"artifact": base}, f"not measured: {error}"
-    made = {name: _reference(base, original, dtype) for name, dtype in REFERENCES.items()}
-    return {"artifact": base, **made}, f"PyTorch with {source}"
+    made = {name: _reference(base, original, adapter, dtype) for name, dtype in REFERENCES.items()}
+    return {"artifact": base, **made}, f"PyTorch with {source}" + (f" and {adapter}" if adapter else "")
 
 
-def _reference(base: Contender, original: Path, dtype: Any) -> Contender:
-    return Contender("pytorch", str(original), dtype, base.threads, base.inputs, base.tokens, base.trust_remote_code)
+def _reference(base: Contender, original: Path, lora: str | None, dtype: Any) -> Contender:
+    trust = base.trust_remote_code
+    return Contender("pytorch", str(original), dtype, base.threads, base.inputs, base.tokens, trust, lora)
 
 
 def _measure(contenders: dict[str, Contender], rounds: int, progress: Progress) -> dict[str, dict[str, float]]:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who is measured: an export (`path` is its folder) or PyTorch on `path` in `dtype`; on which inputs, how long."""
+    """Who is measured: an export (`path` is its folder) or PyTorch on `path` in `dtype`; on which inputs, how long.
+
+    `lora` is an adapter that PyTorch's model is given.
+    """
 
     kind: Literal["artifact", "pytorch"]
     path: str
@@ -35,6 +38,7 @@ class Contender:
     inputs: str
     tokens: int
     trust_remote_code: bool = False
+    lora: str | None = None
 
 
 def save_inputs(inputs: ModelInputs, path: Path) -> None:
@@ -81,7 +85,7 @@ def _pytorch(contender: Contender) -> Runner:
     from vlmexport.runtime.torch import TorchRunner
 
     torch.set_num_threads(contender.threads)
-    vlm = load_vlm(contender.path, trust_remote_code=contender.trust_remote_code)
+    vlm = load_vlm(contender.path, lora=contender.lora, trust_remote_code=contender.trust_remote_code)
     torch.nn.Module.to(vlm.model, getattr(torch, contender.dtype))
     return TorchRunner(vlm)
 

@@ -247,7 +247,7 @@ class _Chooser:
         numbers = {"bytes": best.size, "weights_by_choice": labels, "uniform": self.uniform}
         return QuantPlan(
             self.vlm.facts.architecture,
-            model_fingerprint(self.vlm.path),
+            model_fingerprint(self.vlm.path, self.vlm.adapter_files),
             dataclasses.replace(self.base, overrides=overrides),
             keep,
             limit.to_dict(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import artifact_argument, reference_option, trust_option
+from vlmexport.cli.options import artifact_argument, reference_lora_option, reference_option, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
 
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 )
 @artifact_argument
 @reference_option
+@reference_lora_option
 @click.option(
     "--record/--no-record", default=False, show_default=True, help="Keep the numbers in the export's manifest."
 )
 @trust_option
 @common_options
-def command(session: Session, artifact: Path, model: str | None, record: bool, trust_remote_code: bool) -> None:
+def command(
+    session: Session, artifact: Path, model: str | None, lora: str | None, record: bool, trust_remote_code: bool
+) -> None:
     """Measure the export in DIR, and PyTorch with the original model in the same run."""
     with session.progress() as progress:
         report = api.bench_artifact(
-            artifact, model=model, record=record, progress=progress, trust_remote_code=trust_remote_code
+            artifact, model=model, lora=lora, record=record, progress=progress, trust_remote_code=trust_remote_code
         )
     data = report.to_dict()
     session.write_json(data)

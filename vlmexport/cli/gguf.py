@@ -10,10 +10,17 @@ import click
 
 from vlmexport import api
 from vlmexport.cli.onnx import print_and_judge
-from vlmexport.cli.options import FOLDER, Command, calibration_options, decorate, model_option, trust_option
+from vlmexport.cli.options import (
+    FOLDER,
+    Command,
+    calibration_options,
+    decorate,
+    lora_option,
+    model_option,
+    trust_option,
+)
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
-from vlmexport.errors import BadInputError
 from vlmexport.gguf_options import GgufOptions, gguf_options
 
 if TYPE_CHECKING:
@@ -97,6 +104,7 @@ def gguf_choices(function: Command) -> Command:
     short_help="Export a model to GGUF for llama.cpp and prove it there.",
 )
 @model_option
+@lora_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder to write.")
 @gguf_choices
 @calibration_options
@@ -108,6 +116,7 @@ def gguf_choices(function: Command) -> Command:
 def command(
     session: Session,
     model: str,
+    lora: str | None,
     out: Path,
     options: GgufOptions,
     calibration: CalibrationOptions,
@@ -131,6 +140,7 @@ def command(
             threads=threads,
             force=force,
             progress=progress,
+            lora=lora,
             trust_remote_code=trust_remote_code,
         )
     session.write_json(result_data(result))

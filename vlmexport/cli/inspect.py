@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import model_argument, trust_option
+from vlmexport.cli.options import lora_option, model_argument, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, count_text, example
 
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     short_help="Show a model's parts, sizes, KV cache, targets and recipe.",
 )
 @model_argument
+@lora_option
 @trust_option
 @common_options
-def command(session: Session, model: str, trust_remote_code: bool) -> None:
+def command(session: Session, model: str, lora: str | None, trust_remote_code: bool) -> None:
     """Show a model's parts, sizes, merge strategy, KV cache, targets and a suggested recipe.
 
     MODEL is a folder, a hub id, or `demo` for the bundled model.
     """
-    report = api.inspect_model(model, trust_remote_code=trust_remote_code)
+    report = api.inspect_model(model, lora=lora, trust_remote_code=trust_remote_code)
     session.write_json(report.to_dict())
     print_report(report, session.console())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import FOLDER, calibration_options, model_option, onnx_options, trust_option
+from vlmexport.cli.options import FOLDER, calibration_options, lora_option, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
 from vlmexport.errors import GateFailedError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     short_help="Export a model to quantized ONNX graphs and prove them equal to it.",
 )
 @model_option
+@lora_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder to write.")
 @onnx_options
 @calibration_options
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def command(
     session: Session,
     model: str,
+    lora: str | None,
     out: Path,
     options: OnnxOptions,
     calibration: CalibrationOptions,
@@ -61,6 +63,7 @@ def command(
             verify=verify,
             force=force,
             progress=progress,
+            lora=lora,
             trust_remote_code=trust_remote_code,
         )
     session.write_json(result_data(result))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import FOLDER, calibration_options, model_option, onnx_options, trust_option
+from vlmexport.cli.options import FOLDER, calibration_options, lora_option, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, count_text, example
 from vlmexport.quantize.scheme import PER_CHANNEL
@@ -32,6 +32,7 @@ def command() -> None:
     ),
 )
 @model_option
+@lora_option
 @onnx_options
 @calibration_options
 @click.option(
@@ -43,6 +44,7 @@ def command() -> None:
 def plan_onnx(
     session: Session,
     model: str,
+    lora: str | None,
     options: OnnxOptions,
     calibration: CalibrationOptions,
     save_plan: Path | None,
@@ -62,6 +64,7 @@ def plan_onnx(
             calibration=calibration,
             save_plan=save_plan,
             progress=progress,
+            lora=lora,
             trust_remote_code=trust_remote_code,
         )
     session.write_json(plan.to_dict())

@@ -22,6 +22,7 @@ from vlmexport.cli.options import (
     calibration_options,
     decorate,
     given,
+    lora_option,
     model_option,
     trust_option,
 )
@@ -80,6 +81,7 @@ def checkpoint_options(function: Command) -> Command:
     short_help="Write a quantized Hugging Face checkpoint for transformers and vLLM.",
 )
 @model_option
+@lora_option
 @click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Folder to write.")
 @checkpoint_options
 @calibration_options
@@ -90,6 +92,7 @@ def checkpoint_options(function: Command) -> Command:
 def command(
     session: Session,
     model: str,
+    lora: str | None,
     out: Path,
     options: CheckpointOptions,
     calibration: CalibrationOptions,
@@ -113,6 +116,7 @@ def command(
             verify=verify,
             force=force,
             progress=progress,
+            lora=lora,
             trust_remote_code=trust_remote_code,
         )
     session.write_json(result_data(result))

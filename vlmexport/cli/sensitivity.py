@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import FOLDER, QuantChoice, calibration_options, model_argument, trust_option
+from vlmexport.cli.options import FOLDER, QuantChoice, calibration_options, lora_option, model_argument, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import example
 from vlmexport.quantize.registry import ALGORITHMS, CHOICES
@@ -31,6 +31,7 @@ _DATA_FREE = [name for name in CHOICES if not ALGORITHMS[name].calibrated]
     short_help="Measure what quantizing each module alone does to the answers.",
 )
 @model_argument
+@lora_option
 @click.option(
     "--quant", type=QuantChoice(_DATA_FREE), default="rtn", show_default=True, help="Method, one that needs no data."
 )
@@ -55,6 +56,7 @@ _DATA_FREE = [name for name in CHOICES if not ALGORITHMS[name].calibrated]
 def command(
     session: Session,
     model: str,
+    lora: str | None,
     quant: str,
     bits: int | None,
     group_size: int | None,
@@ -74,7 +76,13 @@ def command(
     scheme = make_scheme(quant, bits, group_size, symmetric)
     with session.progress() as progress:
         found = api.measure_sensitivity(
-            model, scheme, calibration=calibration, out=out, progress=progress, trust_remote_code=trust_remote_code
+            model,
+            scheme,
+            calibration=calibration,
+            out=out,
+            progress=progress,
+            lora=lora,
+            trust_remote_code=trust_remote_code,
         )
     session.write_json(found.to_dict())
     print_sensitivity(found, session.console())

@@ -9,7 +9,7 @@ import click
 
 from vlmexport import api
 from vlmexport.cli.onnx import print_and_judge
-from vlmexport.cli.options import artifact_argument, reference_option, trust_option
+from vlmexport.cli.options import artifact_argument, reference_lora_option, reference_option, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import example
 from vlmexport.errors import NotPossibleHereError
@@ -26,6 +26,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @artifact_argument
 @reference_option
+@reference_lora_option
 @click.option(
     "--samples", type=_FILE, default=None, metavar="FILE", show_default="the bundled model's own questions",
     help="Questions to judge accuracy by: JSON lines with image, question, answers.",
@@ -41,6 +42,7 @@ def command(
     session: Session,
     artifact: Path,
     model: str | None,
+    lora: str | None,
     samples: Path | None,
     junit: Path | None,
     html: Path | None,
@@ -54,7 +56,7 @@ def command(
     """
     with session.progress() as progress:
         report = api.verify_artifact(
-            artifact, model=model, samples=samples, progress=progress, trust_remote_code=trust_remote_code
+            artifact, model=model, lora=lora, samples=samples, progress=progress, trust_remote_code=trust_remote_code
         )
     session.write_json(report.to_dict())
     write_reports(report, junit, html)

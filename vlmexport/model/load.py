@@ -65,6 +65,11 @@ class VLM:
 
         return AutoProcessor.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """The files of the adapter that was merged; none without one."""
+        return () if self.lora is None else self.lora.files
+
     def parameters_by_name(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer by its name in the PyTorch model (tied ones once, under their first name)."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

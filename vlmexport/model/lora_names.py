@@ -45,18 +45,25 @@ class ParameterNames:
         """
         if name in self._known:
             return name
-        return self._converted(name) or self._text_only(name) or self._by_end(name)
-
-    def _converted(self, name: str) -> str | None:
-        from transformers.core_model_loading import rename_source_key
-
-        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._known)
-        if pattern is not None:
+        found, several = self._renamed(name)
+        if several:
             raise BadInputError(
                 f"{name} has no parameter of its own in {self._architecture}: transformers builds {found} from several "
                 "tensors; merge the adapter with the transformers version that it was trained with"
             )
-        return str(found) if found in self._known else None
+        return found if found in self._known else self._text_only(name) or self._by_end(name)
+
+    def loaded_as(self, key: str) -> str | None:
+        """The parameter that transformers loads the tensor `key` of a checkpoint as; None where it is not just that."""
+        found, several = self._renamed(key)
+        return found if found in self._known and not several else None
+
+    def _renamed(self, name: str) -> tuple[str, bool]:
+        """The name by transformers' rules, and whether that parameter is built from several tensors."""
+        from transformers.core_model_loading import rename_source_key
+
+        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._known)
+        return str(found), pattern is not None
 
     def _text_only(self, name: str) -> str | None:
         for prefix in _TEXT_PREFIXES:

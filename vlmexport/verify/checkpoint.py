@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from vlmexport.model.checkpoint import read_checkpoint
 from vlmexport.model.importers import read_packed
 from vlmexport.model.importers.packed import PackedWeight
 from vlmexport.model.importers.stored import StoredTensors
+from vlmexport.model.load import load_vlm
+from vlmexport.model.lora_names import ParameterNames
 from vlmexport.model.source import resolve_source
 from vlmexport.progress import Progress
 from vlmexport.verify.checkpoint_codes import WeightFiles, read_checkpoint_codes
@@ -28,8 +30,10 @@ LOSS_CHECK = "quantization/kl"
 _LOSS_NOT_RUN = "the loss against the original: `vlmexport onnx` with the same --quant options judges it"
 
 
-def verify_checkpoint(folder: Path, model: str, progress: Progress, *, trust_remote_code: bool = False) -> ParityReport:
-    """Judge the checkpoint in `folder` against `model`, which it was made from.
+def verify_checkpoint(
+    folder: Path, model: str, progress: Progress, *, lora: str | None = None, trust_remote_code: bool = False
+) -> ParityReport:
+    """Judge the checkpoint in `folder` against `model`, which it was made from with the adapter `lora` merged.
 
     Checks: the quantized weights are those of the plan, every row once; each is read back from the files by an
     independent decoder and has the digest of what the quantizer chose, or of what a quantized source held; floats that
@@ -48,12 +52,12 @@ def verify_checkpoint(folder: Path, model: str, progress: Progress, *, trust_rem
         packed = source_codes(model, trust_remote_code=trust_remote_code)
         if packed:
             gate.verdict("codes/kept", "decoder", "lowering", changed_codes(packed, manifest), "weights that differ")
-        changed = changed_tensors(folder, model, manifest, packed, trust_remote_code=trust_remote_code)
+        changed = changed_tensors(folder, model, manifest, packed, lora=lora, trust_remote_code=trust_remote_code)
         gate.verdict("source/unchanged", "model", "lowering", changed, "tensors")
         if manifest.folded:
             gate.verdict("source/folded", "model", "lowering", changed_folds(folder, manifest), "tensors that differ")
         gate.verdict("config/ignore", "model", "lowering", unlisted_layers(folder, manifest), "layers not listed")
-        check_load(gate, folder, model, manifest, trust_remote_code=trust_remote_code)
+        check_load(gate, folder, model, manifest, lora=lora, trust_remote_code=trust_remote_code)
         if not packed:
             gate.not_run(LOSS_CHECK, "model", "quantization", _LOSS_NOT_RUN)
     return ParityReport(tuple(gate.checks))
@@ -106,12 +110,14 @@ def changed_tensors(
     manifest: CheckpointManifest,
     packed: Mapping[str, PackedWeight] | None = None,
     *,
+    lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Tensors of the source that are neither quantized nor folded, and are missing or not the same bytes.
 
     `packed` are the source's own quantized weights, which `changed_codes` judges. Safetensors files that the model is
-    not loaded from (``consolidated.safetensors``, adapters) are not part of it.
+    not loaded from (``consolidated.safetensors``, adapters) are not part of it. Of a model with the adapter `lora`, the
+    source's tensors are those with it merged.
     """
     checkpoint = read_checkpoint(resolve_source(model), trust_remote_code=trust_remote_code)
     source = WeightFiles(checkpoint.path, checkpoint.weight_files)
@@ -119,6 +125,7 @@ def changed_tensors(
     replaced = {f"{w.module}.weight" for w in manifest.quantized} | {f.file_name for f in manifest.folded}
     replaced |= {part for weight in (packed or {}).values() for part in weight.parts}
     empty = {f"{name.removesuffix('weight')}bias" for name in packed or {}}  # AutoGPTQ's, where the model has no bias
+    merged = {} if lora is None else _merged_tensors(model, lora, source.names(), trust_remote_code)
     faults = []
     for name in source.names():
         if name in replaced:
@@ -126,9 +133,18 @@ def changed_tensors(
         if name not in written.names():
             if name not in empty or source(name).any():
                 faults.append(f"{name} is missing")
-        elif not _same_bytes(source(name), written(name)):
+        elif not _same_bytes(merged.get(name, source(name)), written(name)):
             faults.append(f"{name} differs")
     return faults
+
+
+def _merged_tensors(model: str, lora: str, stored: Iterable[str], trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """The tensors of `stored` (names in the files) that the adapter changes, as they are with it merged."""
+    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
+    names, known = ParameterNames(vlm.model), dict(vlm.model.named_parameters(remove_duplicate=False))
+    changed = set() if vlm.lora is None else set(vlm.lora.changed)
+    places = {key: names.loaded_as(key) for key in stored}
+    return {key: known[place].detach() for key, place in places.items() if place in changed}
 
 
 def changed_folds(folder: Path, manifest: CheckpointManifest) -> list[str]:

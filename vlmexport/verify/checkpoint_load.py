@@ -47,7 +47,13 @@ _LOAD_ERRORS = (OSError, ImportError, ValueError, TypeError, KeyError, Attribute
 
 
 def check_load(
-    gate: Gate, folder: Path, model: str, manifest: CheckpointManifest, *, trust_remote_code: bool = False
+    gate: Gate,
+    folder: Path,
+    model: str,
+    manifest: CheckpointManifest,
+    *,
+    lora: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Compare the logits of two images and a question, in float32, at every position.
 
@@ -62,7 +68,7 @@ def check_load(
             gate.not_run(name, part, "lowering", str(error))
         return
     with gate.guard("transformers/logits", "decoder", "lowering"):
-        inputs, wanted = _reference_logits(gate, folder, model, manifest, trust_remote_code)
+        inputs, wanted = _reference_logits(gate, folder, model, lora, manifest, trust_remote_code)
         gc.collect()
         try:
             shipped = _run(_load(folder, "auto", trust_remote_code), inputs)
@@ -108,7 +114,7 @@ def _check_experts(config: dict[str, Any], manifest: CheckpointManifest) -> None
 
 
 def _reference_logits(
-    gate: Gate, folder: Path, model: str, manifest: CheckpointManifest, trust_remote_code: bool
+    gate: Gate, folder: Path, model: str, lora: str | None, manifest: CheckpointManifest, trust_remote_code: bool
 ) -> tuple[dict[str, torch.Tensor], Array]:
     """Inputs, and float32 logits of the original with the checkpoint's own weights."""
     from transformers import AutoProcessor
@@ -117,7 +123,7 @@ def _reference_logits(
     from vlmexport.runtime.torch import TorchRunner
     from vlmexport.split.examples import load_processor
 
-    vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
     whole: Any = vlm.model
     whole.float()
     inputs = _inputs(vlm, load_processor(vlm))

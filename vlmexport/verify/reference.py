@@ -68,23 +68,38 @@ def _folded(artifact: Artifact) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_reference(model: str, *, trust_remote_code: bool = False) -> Reference:
-    """Load and split the original model in float32.
+def original_source(manifest: Manifest, model: str | None, lora: str | None) -> tuple[str, str | None]:
+    """The model to compare with and the adapter to merge into it: each that asked for, or the export's own."""
+    source = manifest.source
+    return model or str(source.get("model", "")), lora or (source.get("lora") or {}).get("path")
+
+
+def load_reference(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> Reference:
+    """Load and split the original model in float32, with the adapter `lora` merged in the checkpoint's dtype.
 
     Raises `BadInputError` when it cannot be loaded here.
     """
     from vlmexport.model.load import load_vlm
     from vlmexport.split.capture import split_model
 
-    vlm = load_vlm(model, trust_remote_code=trust_remote_code)
+    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
     model_in_any_dtype: Any = vlm.model
     model_in_any_dtype.float()
     return Reference(vlm, TorchRunner(vlm, split_model(vlm)))
 
 
-def changed_source_files(manifest: Manifest, folder: Path) -> list[str]:
-    """Files of the export's source model that are missing in `folder` or have other bytes."""
-    files: Mapping[str, str] = manifest.source.get("files", {})
+def changed_source_files(manifest: Manifest, vlm: VLM) -> list[str]:
+    """Files of the export's source model and adapter that are missing in those of `vlm` or have other bytes."""
+    made_with = manifest.source.get("lora")
+    faults = _changed_files(manifest.source.get("files", {}), vlm.path)
+    if (made_with is None) != (vlm.lora is None):
+        faults.append("the export was made " + ("without a LoRA adapter" if made_with is None else "with one"))
+    elif made_with is not None and vlm.lora is not None:
+        faults += _changed_files(made_with["files"], vlm.lora.path)
+    return faults
+
+
+def _changed_files(files: Mapping[str, str], folder: Path) -> list[str]:
     faults = []
     for name, digest in sorted(files.items()):
         if not (folder / name).is_file():

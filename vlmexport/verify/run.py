@@ -42,7 +42,7 @@ from vlmexport.verify.quantization import (
     judge_quantization,
 )
 from vlmexport.verify.questions import Amount, Question, load_questions, sample
-from vlmexport.verify.reference import Reference, changed_source_files, load_reference
+from vlmexport.verify.reference import Reference, changed_source_files, load_reference, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
 from vlmexport.verify.structure import check_structure
@@ -95,6 +95,7 @@ def verify_artifact(
     path: Path,
     *,
     model: str | None = None,
+    lora: str | None = None,
     samples: Path | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -103,10 +104,11 @@ def verify_artifact(
 ) -> ParityReport:
     """Judge the export in `path` part by part and as a whole.
 
-    `model` is the original (default: where the export came from); where the default cannot be loaded, the checks that
-    need it are reported as not run. `samples` is a JSON Lines file of a user's own questions (see `load_questions`);
-    the bundled model has its own, of which `questions` takes a sample or all. `threads` are PyTorch's and
-    onnxruntime's (None: one for a small model, otherwise their own choice).
+    `model` is the original (default: where the export came from), `lora` the adapter that is merged into it (default:
+    the export's, if it has one); where the defaults cannot be loaded, the checks that need them are reported as not
+    run. `samples` is a JSON Lines file of a user's own questions (see `load_questions`); the bundled model has its own,
+    of which `questions` takes a sample or all. `threads` are PyTorch's and onnxruntime's (None: one for a small model,
+    otherwise their own choice).
 
     Raises `ArtifactError` when `path` is not an export or was changed, `BadInputError` when a `model` or `samples` that
     was asked for cannot be read.
@@ -119,7 +121,7 @@ def verify_artifact(
     with (progress or SilentProgress()).stage("verify") as stage, _torch_threads(used):
         gate = Gate(lambda name: stage.advance(1, name))
         run = _prepare(gate, artifact, target, used)
-        reference, why_not = _reference(artifact, model, trust_remote_code=trust_remote_code)
+        reference, why_not = _reference(artifact, model, lora, trust_remote_code=trust_remote_code)
         lowering, answers, quantization = _judge(run, reference, why_not, asked)
     return ParityReport(
         checks=tuple(gate.checks),
@@ -147,13 +149,15 @@ def _prepare(gate: Gate, artifact: Artifact, target: Target, threads: int) -> _R
     return _Run(gate, artifact, target, exact, rounded, shipped, half)
 
 
-def _reference(artifact: Artifact, model: str | None, *, trust_remote_code: bool) -> tuple[Reference | None, str]:
-    """The original model, or None with the reason; a model that was asked for must load."""
-    if model is not None:
-        return load_reference(model, trust_remote_code=trust_remote_code), ""
-    source = str(artifact.manifest.source.get("model", ""))
+def _reference(
+    artifact: Artifact, model: str | None, lora: str | None, *, trust_remote_code: bool
+) -> tuple[Reference | None, str]:
+    """The original model, or None with the reason; a model or adapter that was asked for must load."""
+    source, adapter = original_source(artifact.manifest, model, lora)
+    if model is not None or lora is not None:
+        return load_reference(source, lora=adapter, trust_remote_code=trust_remote_code), ""
     try:
-        return load_reference(source, trust_remote_code=trust_remote_code), ""
+        return load_reference(source, lora=adapter, trust_remote_code=trust_remote_code), ""
     except BadInputError as error:
         return None, f"the original model could not be loaded: {error}"
 
@@ -196,7 +200,7 @@ def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedT
     if reference is not None:
         missing = account(artifact, reference.decoder_parameters())
         gate.verdict("decoder/accounted", "decoder", "lowering", missing, "weights not listed once")
-        changed = changed_source_files(artifact.manifest, reference.vlm.path)
+        changed = changed_source_files(artifact.manifest, reference.vlm)
         gate.verdict("model/source", "model", "lowering", changed, "files that differ")
     return codes
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from vlmexport.checkpoint_manifest import FoldedTensor, StoredWeight, tensor_digest
 from vlmexport.checkpoint_plan import CheckpointPlan
 from vlmexport.lower.checkpoint.experts import Place
@@ -34,12 +36,14 @@ def emit_checkpoint(
 ) -> EmittedCheckpoint:
     """Write weight files and ``config.json`` into `folder`.
 
-    Tensors that are neither quantized nor folded are copied byte for byte; folded ones keep their dtype. `names` are
-    those of `names_for`. Raises `BadInputError` for a quantized weight that the format cannot hold.
+    Tensors that are neither quantized nor folded nor changed by a merged adapter are copied byte for byte; the others
+    keep their dtype. `names` are those of `names_for`. Raises `BadInputError` for a quantized weight that the format
+    cannot hold.
     """
     checkpoint = read_checkpoint(vlm.path, trust_remote_code=vlm.trust_remote_code)
     places = names.places((*plan.schemes, *weights.folds))
     replaced = _replaced_parts(vlm, places)
+    merged = _merged_tensors(vlm, names)
     layout = make_layout(Subject(plan, weights, names, vlm.facts.dtype))
     writer = SafetensorsWriter(folder)
     quantized: list[StoredWeight] = []
@@ -59,11 +63,19 @@ def emit_checkpoint(
                 folded.append(FoldedTensor(place.weight, key, tensor_digest(changed), place.expert, place.start))
                 writer.add(key, changed)
             else:
-                writer.add(key, tensor)
+                writer.add(key, merged.get(key, tensor))
     writer.finish(layout.metadata())
     config = {**without_quantization(checkpoint.config), "quantization_config": layout.config()}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return EmittedCheckpoint(tuple(quantized), tuple(folded))
+
+
+def _merged_tensors(vlm: VLM, names: Names) -> dict[str, torch.Tensor]:
+    """What a merged adapter made of the tensors of the files, by their names there (see `check_merged`)."""
+    if vlm.lora is None:
+        return {}
+    known = dict(vlm.model.named_parameters(remove_duplicate=False))
+    return {names.in_files[name]: known[name].detach() for name in vlm.lora.changed if name in names.in_files}
 
 
 def _replaced_parts(vlm: VLM, places: dict[str, Place]) -> set[str]:

@@ -68,7 +68,30 @@ def names_for(vlm: VLM, plan: CheckpointPlan) -> Names:
     packed = [w.name for w in plan.weights if w.scheme is not None and len(w.shape) > _MATRIX_AXES]
     check_covered(vlm.model, packed, names.experts.values())
     names.places(plan.schemes)
+    check_merged(vlm, names)
     return names
+
+
+def check_merged(vlm: VLM, names: Names) -> None:
+    """Refuse a merged adapter whose weights have no place in a copy of the source's files.
+
+    Raises `UnsupportedModelError` for an LM head that is no longer tied to the embedding, and for a weight that
+    transformers builds from several tensors.
+    """
+    if vlm.lora is None:
+        return
+    hint = "save the merged model by PEFT's merge_and_unload and save_pretrained, and quantize that"
+    if vlm.lora.untied:
+        raise UnsupportedModelError(
+            f"{vlm.lora.source} changes the LM head or the embedding, which {vlm.source} ties: its files hold one "
+            f"tensor for both; {hint}"
+        )
+    tied = {p.data_ptr() for n, p in vlm.model.named_parameters(remove_duplicate=False) if n in names.in_files}
+    for name in vlm.lora.changed:
+        if name not in names.in_files and vlm.model.get_parameter(name).data_ptr() not in tied:
+            raise UnsupportedModelError(
+                f"{vlm.lora.source} changes {name}, which transformers builds from several tensors of the files; {hint}"
+            )
 
 
 def read_names(vlm: VLM, files: Iterable[Path]) -> Names:
