@@ -159,8 +159,8 @@ def _check_tiling(config: Any, preprocessor: Mapping[str, Any]) -> None:
     for key, theirs in _TILING.items():
         if preprocessor.get(key, theirs) != theirs:
             raise UnsupportedModelError(
-                f"{config.model_type}: {key} of its image processor is {preprocessor[key]}, but llama.cpp has {theirs}, "
-                "so the prompt would be another one"
+                f"{config.model_type}: {key} of its image processor is {preprocessor[key]}, but llama.cpp has {theirs},"
+                " so the prompt would be another one"
             )
     patch, factor = int(config.vision_config.patch_size), int(config.downsample_factor)
     ours = int(preprocessor.get("encoder_patch_size", patch)), int(preprocessor.get("downsample_factor", factor))

@@ -1,4 +1,4 @@
-"""The vision sides of Qwen2-VL, Qwen2.5-VL and Qwen3-VL in llama.cpp (b11549: tools/mtmd/models/qwen2vl.cpp, qwen3vl.cpp)."""
+"""The vision sides of Qwen2-VL, Qwen2.5-VL and Qwen3-VL in llama.cpp (b11549: tools/mtmd/models/qwen{2,3}vl.cpp)."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _qwen3(config: Any, metadata: dict[str, MetaValue]) -> GgufHalf:
     side = int(encoder.num_position_embeddings**0.5)
     if side**2 != encoder.num_position_embeddings:
         raise UnsupportedModelError(
-            f"{config.model_type}: {encoder.num_position_embeddings} position embeddings are not a square, as llama.cpp "
-            "reads them"
+            f"{config.model_type}: {encoder.num_position_embeddings} position embeddings are not a square, as "
+            "llama.cpp reads them"
         )
     indexes = [int(index) for index in encoder.deepstack_visual_indexes]
     if indexes != sorted(set(indexes)):
