@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,11 +15,12 @@ from vlmexport.calibrate.working import WorkingLayer
 from vlmexport.quantize.calibrated import RoundingReport, quantize_group, search_scale
 from vlmexport.quantize.registry import algorithm
 from vlmexport.quantize.scheme import QuantScheme
-from vlmexport.quantize.statistics import InputStatistics
+from vlmexport.quantize.statistics import InputPower, InputStatistics
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.split.matrices import PACKED_AXES, Matrix, matrices_of
 
 _UNSEEN = "no calibration token reached it"
+Rounded: TypeAlias = tuple[dict[str, QuantizedTensor], dict[str, RoundingReport]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,24 @@ class LayerTask:
 
     def inputs(self, matrix: Matrix) -> InputStatistics | None:
         """What `matrix` reads after the folds so far; None when nothing was seen."""
-        seen = self.statistics.of(matrix)
+        seen, factor = self.statistics.of(matrix), self._input_factor(matrix)
+        return seen if seen is None or factor is None else seen.scaled(factor)
+
+    def powers(self) -> dict[str, InputPower]:
+        """The power of what every matrix of the layer reads after the folds so far, by name inside the layer."""
+        found = {}
+        for matrix, seen in self.statistics.seen():
+            factor = self._input_factor(matrix)
+            found[matrix.name] = seen.power() if factor is None else seen.power().scaled(factor)
+        return found
+
+    def _input_factor(self, matrix: Matrix) -> torch.Tensor | None:
+        """What the folds multiplied the inputs of `matrix` by, ``[K]``; None without a fold."""
         fold = self.work.folds.get(matrix.parameter)
-        if seen is None or fold is None or fold.columns is None:
-            return seen
+        if fold is None or fold.columns is None:
+            return None
         per_expert = fold.columns.ndim > 1 and matrix.expert is not None
-        return seen.scaled(1 / (fold.columns[matrix.expert] if per_expert else fold.columns))
+        return 1 / (fold.columns[matrix.expert] if per_expert else fold.columns)
 
 
 def fold_layer(task: LayerTask, plan: FoldPlan, difference: Measure) -> list[dict[str, Any]]:
@@ -90,7 +103,12 @@ def _together(task: LayerTask, chosen: list[Matrix], readers: list[Matrix]) -> t
     return search_scale([task.weight(m) for m in chosen], richest, [task.schemes[m.parameter] for m in chosen])
 
 
-def round_layer(task: LayerTask) -> tuple[dict[str, QuantizedTensor], dict[str, RoundingReport]]:
+def leave_float(_task: LayerTask) -> Rounded:
+    """Round nothing: only the folds are wanted."""
+    return {}, {}
+
+
+def round_layer(task: LayerTask) -> Rounded:
     """Round every matrix with a scheme and put its dequantized weight into the layer; by name inside the layer."""
     codes: dict[str, QuantizedTensor] = {}
     reports: dict[str, RoundingReport] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,10 +23,10 @@ from vlmexport.calibrate.capture import Batch, capture_batches, token_shares
 from vlmexport.calibrate.dataset import load_samples
 from vlmexport.calibrate.folding import FoldPlan, find_folds
 from vlmexport.calibrate.head import quantize_rest
-from vlmexport.calibrate.layer import LayerTask, fold_layer, round_layer, smooths
+from vlmexport.calibrate.layer import LayerTask, Rounded, fold_layer, round_layer, smooths
 from vlmexport.calibrate.recipe import CalibrationOptions, resolve_recipe
 from vlmexport.calibrate.replay import LayerReplay, relative_difference
-from vlmexport.calibrate.sites import SiteStatistics
+from vlmexport.calibrate.sites import SitePowers, SiteStatistics
 from vlmexport.calibrate.store import HiddenStates, Step, StepStore
 from vlmexport.calibrate.working import WorkingLayer, working
 from vlmexport.errors import BadInputError
@@ -34,6 +34,7 @@ from vlmexport.manifest import file_sha256
 from vlmexport.progress import Progress, Stage
 from vlmexport.quantize.fold import Fold
 from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.quantize.statistics import InputPower
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.experts import eager_experts
@@ -53,11 +54,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the loop leaves: codes (read from disk when asked for), folds, and the manifest's account of it."""
+    """What the loop leaves: codes (read from disk when asked for), folds, and the manifest's account of it.
+
+    `powers` are of the inputs of every matrix in the layers, after the folds, as the layers before give them.
+    """
 
     quantized: Mapping[str, QuantizedTensor]
     folds: Mapping[str, Fold]
     report: dict[str, Any]
+    powers: Mapping[str, InputPower]
 
 
 def calibrate_decoder(
@@ -67,12 +72,15 @@ def calibrate_decoder(
     options: CalibrationOptions,
     work: Path,
     progress: Progress,
+    finish: Callable[[LayerTask], Rounded] = round_layer,
 ) -> Calibrated:
     """Quantize the decoder layer by layer on calibration samples.
 
-    `schemes` are by whole-model weight name. Finished layers are kept in `work`, and a later call with the same model,
-    schemes and samples goes on after them, with the same result to the byte. Raises `BadInputError` for samples that
-    cannot be used and for NaN weights, `UnsupportedModelError` for a decoder whose layers cannot be run one by one.
+    `schemes` are by whole-model weight name (without any, layers run as they are and their inputs are measured);
+    `finish` is what becomes of a layer once scales were moved. Finished layers are kept in `work`, and a later call
+    with the same model, schemes and samples goes on after them, with the same result to the byte. Raises
+    `BadInputError` for samples that cannot be used and for NaN weights, `UnsupportedModelError` for a decoder whose
+    layers cannot be run one by one.
     """
     recipe = resolve_recipe(options)
     notes: list[str] = []
@@ -90,10 +98,10 @@ def calibrate_decoder(
     part = split.parts[Role.DECODER].module
     if not isinstance(part, DecoderPart):
         raise TypeError(f"the decoder part holds a {type(part).__name__}")
-    store = StepStore(work, _fingerprint(vlm, schemes, batches))
-    steps = LayerLoop(vlm.model, part, schemes, batches, store).run(progress)
+    store = StepStore(work, _fingerprint(vlm, schemes, batches, finish.__name__))
+    steps = LayerLoop(vlm.model, part, schemes, batches, store, finish).run(progress)
     reports = [store.report(step) for step in range(steps)]
-    return Calibrated(store.codes(steps), store.folds(steps), _report(account, reports))
+    return Calibrated(store.codes(steps), store.folds(steps), _report(account, reports), store.powers(steps))
 
 
 class LayerLoop:
@@ -110,7 +118,9 @@ class LayerLoop:
         schemes: Mapping[str, QuantScheme],
         batches: Sequence[Batch],
         store: StepStore,
+        finish: Callable[[LayerTask], Rounded] = round_layer,
     ) -> None:
+        self.finish = finish
         self.model, self.part, self.schemes, self.batches, self.store = model, part, schemes, batches, store
         self.replay = LayerReplay(part.decoder, model.config.model_type)
         self.layers = self.replay.layers
@@ -147,30 +157,45 @@ class LayerLoop:
         stage.advance(0, f"layer {index}")
         before = self.store.hidden(index - 1, self.shapes) if index else None
         with working(self.layers[index]) as work:
-            result = self._quantize(index, work, before)
             after = self.store.new_hidden(index, self.shapes)
-            for i in range(len(self.batches)):
-                after[i] = self._output(index, i, before)
+            prefix = f"{self.paths[index]}."
+            schemes = {n: self.schemes[prefix + n] for n in work.parameters if prefix + n in self.schemes}
+            if schemes:
+                task = LayerTask(prefix, work, self._observe(index, work, before), schemes)
+                result = self._quantize(index, task, before)
+                for i in range(len(self.batches)):
+                    after[i] = self._output(index, i, before)
+            else:
+                result = self._measure(index, work, before, after)
         self.store.write(index, result)
         stage.advance()
 
     def _output(self, index: int, batch: int, before: HiddenStates | None) -> torch.Tensor:
         return self.replay.run(index, self.batches[batch], None if before is None else before[batch])
 
-    def _quantize(self, index: int, work: WorkingLayer, before: HiddenStates | None) -> Step:
-        prefix = f"{self.paths[index]}."
-        schemes = {n: self.schemes[prefix + n] for n in work.parameters if prefix + n in self.schemes}
-        task = LayerTask(prefix, work, self._observe(index, work, before), schemes)
+    def _measure(self, index: int, work: WorkingLayer, before: HiddenStates | None, after: HiddenStates) -> Step:
+        """A layer without schemes stays as it is; one run gives its outputs and its inputs' power."""
+        powers = SitePowers(work.parameters)
+        for i, batch in enumerate(self.batches):
+            with powers.watching(work.layer, batch.valid):
+                after[i] = self._output(index, i, before)
+        seen = {matrix.name: power for matrix, power in powers.seen()}
+        report = {"layer": self.paths[index], "folds": [], "weights": {}}
+        return Step({}, {}, report, _prefixed(f"{self.paths[index]}.", seen))
+
+    def _quantize(self, index: int, task: LayerTask, before: HiddenStates | None) -> Step:
+        prefix = task.prefix
         folds: list[dict[str, Any]] = []
-        if any(smooths(scheme) for scheme in schemes.values()):
+        if any(smooths(scheme) for scheme in task.schemes.values()):
             folds = self._fold(index, task, before)
-        codes, reports = round_layer(task)
+        powers = task.powers()
+        codes, reports = self.finish(task)
         report = {
             "layer": self.paths[index],
             "folds": folds,
             "weights": {prefix + name: dataclasses.asdict(row) for name, row in reports.items()},
         }
-        return Step(_prefixed(prefix, codes), _prefixed(prefix, work.folds), report)
+        return Step(_prefixed(prefix, codes), _prefixed(prefix, task.work.folds), report, _prefixed(prefix, powers))
 
     def _observe(self, index: int, work: WorkingLayer, before: HiddenStates | None) -> SiteStatistics:
         statistics = SiteStatistics(work.parameters)
@@ -220,7 +245,7 @@ def _report(account: dict[str, Any], steps: Sequence[dict[str, Any]]) -> dict[st
     return {**account, "layers": list(steps)}
 
 
-def _fingerprint(vlm: VLM, schemes: Mapping[str, QuantScheme], batches: Sequence[Batch]) -> str:
+def _fingerprint(vlm: VLM, schemes: Mapping[str, QuantScheme], batches: Sequence[Batch], finish: str) -> str:
     """SHA-256 of what decides the result: code, versions, threads, checkpoint, schemes and the decoder's inputs."""
     files = sorted([*vlm.path.glob("*.safetensors"), *vlm.path.glob("*.json")])
     made_of = {
@@ -230,7 +255,9 @@ def _fingerprint(vlm: VLM, schemes: Mapping[str, QuantScheme], batches: Sequence
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "files": {f.name: file_sha256(f) for f in files},
+        "lora": {f.name: file_sha256(f) for f in vlm.adapter_files},
         "schemes": {name: scheme.to_dict() for name, scheme in sorted(schemes.items())},
+        "finish": finish,
         "samples": [_batch_digest(batch) for batch in batches],
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

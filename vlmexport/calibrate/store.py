@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vlmexport.quantize.fold import Fold
+from vlmexport.quantize.statistics import InputPower
 from vlmexport.quantize.tensor import QuantizedTensor
 
 _STATE = "state.json"
@@ -49,11 +50,15 @@ class HiddenStates:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The result of one finished step: codes and folds by whole-model name, and its part of the report."""
+    """The result of one finished step, by whole-model name, and its part of the report.
+
+    `powers` are those of the inputs after the folds.
+    """
 
     codes: Mapping[str, QuantizedTensor]
     folds: Mapping[str, Fold]
     report: dict[str, Any]
+    powers: Mapping[str, InputPower] = dataclasses.field(default_factory=dict)
 
 
 class StepStore:
@@ -136,6 +141,15 @@ class StepStore:
                 found[name] = Fold(rows=parts.get("rows"), columns=parts.get("columns"), offset=data["offset"])
         return found
 
+    def powers(self, steps: int) -> dict[str, InputPower]:
+        """The power of the inputs of every matrix that was used in the first `steps` steps."""
+        found: dict[str, InputPower] = {}
+        for step in range(steps):
+            for name, tokens in _meta(self._file(step))["powers"].items():
+                squares = _read(self._file(step), name, ["squares"])["squares"]
+                found[name] = InputPower(squares, tokens)
+        return found
+
     def codes(self, steps: int) -> StoredCodes:
         """All codes of the first `steps` steps, read when asked for."""
         return StoredCodes([self._file(step) for step in range(steps)])
@@ -184,12 +198,15 @@ class StoredCodes(Mapping[str, QuantizedTensor]):
 
 def _flattened(result: Step) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors: dict[str, torch.Tensor] = {}
-    meta: dict[str, Any] = {"codes": {}, "folds": {}, "report": result.report}
+    meta: dict[str, Any] = {"codes": {}, "folds": {}, "powers": {}, "report": result.report}
     for name, codes in result.codes.items():
         fields = _put(tensors, name, codes, _CODE_FIELDS)
         meta["codes"][name] = {"fields": fields, "bits": codes.bits, "group_size": codes.group_size}
     for name, fold in result.folds.items():
         meta["folds"][name] = {"fields": _put(tensors, name, fold, _FOLD_FIELDS), "offset": fold.offset}
+    for name, power in result.powers.items():
+        _put(tensors, name, power, ("squares",))
+        meta["powers"][name] = power.tokens
     return tensors, meta
 
 

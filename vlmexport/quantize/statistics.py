@@ -1,4 +1,4 @@
-"""`InputStatistics`: what the calibrated algorithms know of a linear layer's inputs."""
+"""`InputStatistics` and `InputPower`: what is known of a linear layer's inputs."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ class InputStatistics:
             self.maximum = torch.maximum(self.maximum, magnitude.amax(0))
         self.tokens += x.shape[0]
 
+    def power(self) -> InputPower:
+        """The part that `InputPower` is."""
+        return InputPower(self.moment.diagonal().double(), self.tokens)
+
     def mean_absolute(self) -> torch.Tensor:
         """Mean of ``|x|`` per input feature, float32 ``[K]``."""
         return self.absolute / max(self.tokens, 1)
@@ -45,3 +49,28 @@ class InputStatistics:
         """The statistics of ``x * factor`` (``factor [K]``, positive): the inputs after scales were folded."""
         moment = self.moment * factor * factor[:, None]
         return InputStatistics(moment, self.absolute * factor, self.maximum * factor, self.tokens)
+
+
+@dataclass
+class InputPower:
+    """Sums over tokens ``x [K]`` that cost next to nothing: `squares`, float64 ``[K]``, of ``x^2``; `tokens`.
+
+    Their quotient is what llama.cpp calls the importance of the weight's columns.
+    """
+
+    squares: torch.Tensor
+    tokens: int = 0
+
+    @staticmethod
+    def empty(in_features: int, device: torch.device | str = "cpu") -> InputPower:
+        """The power of no tokens yet."""
+        return InputPower(torch.zeros(in_features, dtype=torch.float64, device=device))
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take in ``inputs [tokens, K]`` of any float dtype (padding already left out)."""
+        self.squares += inputs.float().square().sum(0)
+        self.tokens += inputs.shape[0]
+
+    def scaled(self, factor: torch.Tensor) -> InputPower:
+        """The power of ``x * factor`` (``factor [K]``)."""
+        return InputPower(self.squares * factor.double().square(), self.tokens)
