@@ -15,7 +15,7 @@ from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.sampling import Sampling
 
-SIZES = ((64, 64), (96, 64), (200, 150), (20, 70))
+SIZES = ((64, 64), (200, 150), (300, 90))
 
 
 def divergence(reference: np.ndarray, given: np.ndarray) -> float:
@@ -46,6 +46,18 @@ def test_ids_embeddings_and_logits_are_those_of_transformers(
     assert divergence(logits[-len(given) :], given) <= 1e-5
 
 
+def test_a_tiny_narrow_picture_is_resized_in_another_way(
+    runner: LlamaCppRunner, reference: Reference, builder: PromptBuilder
+) -> None:
+    """Transformers resizes in two steps with whole pixels between, llama.cpp in one: measured 2.2e-3 and 7e-5."""
+    pictures = [scene(TEST_SEEDS[0]).image.resize((20, 70))]
+    inputs = reference.inputs(pictures, "Describe the image.")
+    prompt = prompt_of(runner, builder, pictures, "Describe the image.")
+    np.testing.assert_array_equal(prompt.ids, reference.ids(inputs))
+    assert 1e-3 < relative(reference.features(inputs), runner.image_embeddings(prompt)) < 4e-3
+    assert divergence(reference.logits(inputs, [])[-1:], runner.prompt_logits(prompt)[-1:]) <= 1e-4
+
+
 def test_two_pictures(runner: LlamaCppRunner, reference: Reference, builder: PromptBuilder) -> None:
     pictures = [scene(seed).image for seed in TEST_SEEDS[:2]]
     inputs = reference.inputs(pictures, "Second image: Describe the image.")
@@ -65,8 +77,11 @@ def test_text_alone(runner: LlamaCppRunner, reference: Reference, builder: Promp
     assert divergence(reference.logits(inputs, []), given) <= 1e-5
 
 
-def test_greedy_and_forced_answers(runner: LlamaCppRunner, reference: Reference, builder: PromptBuilder) -> None:
-    for question in some_questions(6):
+@pytest.mark.parametrize("count", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_greedy_and_forced_answers(
+    runner: LlamaCppRunner, reference: Reference, builder: PromptBuilder, count: int
+) -> None:
+    for question in some_questions(count):
         pictures = asked(question)
         inputs = reference.inputs(pictures, question.question)
         answer = reference.greedy(inputs)
@@ -86,7 +101,12 @@ def test_another_picture_or_another_answer_shows(
     inputs = reference.inputs([right], "Describe the image.")
     prompt = prompt_of(runner, builder, [wrong], "Describe the image.")
     assert relative(reference.features(inputs), runner.image_embeddings(prompt)) > 0.05
-    assert divergence(reference.logits(inputs, [])[-1:], runner.prompt_logits(prompt)[-1:]) > 1e-3
+    answer = builder.tokenizer("a red star at the left")["input_ids"]
+    expected = reference.logits(inputs, answer)[len(prompt.ids) - 1 : -1]
+    assert divergence(expected, runner.forced(prompt, answer)) > 1e-2
+    assert (
+        divergence(expected, runner.forced(prompt_of(runner, builder, [right], "Describe the image."), answer)) <= 1e-5
+    )
     assert not np.array_equal(runner.forced(prompt, [5, 6, 7])[2], runner.forced(prompt, [5, 9, 7])[2])
 
 
@@ -160,7 +180,7 @@ def test_facts_of_the_vocabulary(runner: LlamaCppRunner, builder: PromptBuilder)
 
 def test_the_context_grows_when_asked(gguf: Files, builder: PromptBuilder) -> None:
     with LlamaCppRunner(*gguf, threads=1, context=256) as small:
-        prompt = prompt_of(small, builder, [scene(TEST_SEEDS[0]).image.resize((300, 90))], "word " * 150)
+        prompt = prompt_of(small, builder, [scene(TEST_SEEDS[0]).image.resize((300, 90))], "word " * 300)
         with pytest.raises(BadInputError, match=r"the context has 256; give context=\d+"):
             small.greedy(prompt, 4)
         small.reserve(len(prompt.ids) + 4)

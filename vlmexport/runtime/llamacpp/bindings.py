@@ -116,7 +116,7 @@ class Log:
         """The lines in one, without the names of C++ functions and each once; `without` when there is none."""
         said: list[str] = []
         for line in "".join(self._lines).splitlines():
-            text = re.sub(r"^\s*(\w+: )+(error: )?", "", line).strip()
+            text = re.sub(r"^\s*(\w+: )+(error: |error loading model: )?", "", line).strip()
             if text and text not in said:
                 said.append(text)
         return "; ".join(said)[:_LONGEST_MESSAGE] or without

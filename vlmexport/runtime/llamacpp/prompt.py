@@ -71,11 +71,10 @@ def image_place(builder: PromptBuilder) -> str:
     bare, full = builder.render(_turn(_PROBE, 0)), builder.render(_turn(_PROBE, 1))
     specials = _special_tokens(builder.tokenizer)
     if specials:
-        alternatives = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-        added = _difference(re.split(f"((?:{alternatives})+)", full), re.split(f"((?:{alternatives})+)", bare))
-        runs = [run for piece in added for run in re.findall(f"(?:{alternatives})+", piece)]
-        if runs:
-            return max(runs, key=len)
+        token = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        added = "".join(_difference(re.split(f"({token})", full), re.split(f"({token})", bare)))
+        if runs := re.findall(f"(?:{token})+", added):
+            return str(max(runs, key=len))
     written = "".join(_difference(list(full), list(bare))).strip()
     if not written:
         raise UnsupportedModelError("the model's chat template writes nothing for a picture, so it has no place")

@@ -31,9 +31,9 @@ class LlamaCppRunner:
     """One loaded model; a context manager. Prompts made by `prompt` must not outlive it.
 
     `text`: the GGUF of the text model; `mmproj`: that of its vision half (None: text only); `lora`: an adapter GGUF.
-    `threads` 0 = all cores that this process may use. `context`: rows of the key-value cache; it is made at the first
-    decoding. `kv_type`: ggml type of the cache. `exact`: an F32 cache and no flash attention, for comparison with
-    PyTorch; otherwise what llama.cpp's own tools do. `load_ms`: how long loading took.
+    `threads` 0 = all cores that this process may use (at most ``OMP_NUM_THREADS``). `context`: rows of the key-value
+    cache; it is made at the first decoding. `kv_type`: ggml type of the cache. `exact`: an F32 cache and no flash
+    attention, for comparison with PyTorch; otherwise what llama.cpp's own tools do. `load_ms`: how long loading took.
 
     Raises `BadInputError` when a file is missing or the halves do not fit together, `ArtifactError` when llama.cpp
     does not load one, `NotPossibleHereError` without the pinned wheel; all carry llama.cpp's own message.
@@ -304,4 +304,7 @@ def _loaded(path: Path, load: Callable[[bytes], Any]) -> Any:
 
 
 def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, at most ``OMP_NUM_THREADS``."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) else cores
