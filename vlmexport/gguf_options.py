@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.family import MetaValue, Transform
+from vlmexport.quantize.ggml.code_types import BLOCK, codes_type, exact_scheme
 from vlmexport.quantize.ggml.mix import FILE_TYPES
 from vlmexport.quantize.registry import ALGORITHMS
 from vlmexport.quantize.scheme import QuantScheme, make_scheme
@@ -134,8 +135,8 @@ def gguf_options(
     if quant.lower() in ALGORITHMS:
         if smooth != "none":
             raise BadInputError(f"--smooth {smooth} is for file types such as Q4_K_M; --quant awq+gptq smooths by itself")
-        scheme = make_scheme(quant.lower(), int(bits), 32, symmetric)
-        return dataclasses.replace(options, quant=_codes_type(scheme), scheme=scheme, imatrix="none")
+        scheme, kind = _codes(quant.lower(), int(bits), symmetric)
+        return dataclasses.replace(options, quant=kind, scheme=scheme, imatrix="none")
     if quant.upper() not in FILE_TYPES:
         choices = f"{', '.join(FILE_TYPES)}; or the algorithms {', '.join(_ALGORITHMS)}"
         raise BadInputError(f"--quant {quant} is unknown; choose one of {choices}")
@@ -144,17 +145,14 @@ def gguf_options(
     return options
 
 
-def _codes_type(scheme: QuantScheme) -> str:
-    """The type that holds the codes of `scheme`; raises `BadInputError` when ggml has none."""
-    if scheme.algorithm not in _ALGORITHMS:
+def _codes(algorithm: str, bits: int, symmetric: bool) -> tuple[QuantScheme, str]:
+    """The scheme of an algorithm's codes, its scales exact in the type that holds them; and that type."""
+    if algorithm not in _ALGORITHMS:
         raise BadInputError(
-            f"--quant {scheme.algorithm}: GGUF holds no such codes; choose {', '.join(_ALGORITHMS)}, or a file type"
+            f"--quant {algorithm}: GGUF holds no such codes; choose {', '.join(_ALGORITHMS)}, or a file type"
         )
-    if scheme.bits == 8:
-        if not scheme.symmetric:
-            raise BadInputError("8-bit codes with zero points have no ggml type; choose --symmetric")
-        return "Q8_0"
-    return "Q4_0" if scheme.symmetric else "Q4_1"
+    scheme = make_scheme(algorithm, bits, BLOCK, symmetric)
+    return exact_scheme(scheme), codes_type(scheme)
 
 
 def tensors_from_dict(data: Iterable[dict[str, Any]]) -> tuple[GgufTensor, ...]:
