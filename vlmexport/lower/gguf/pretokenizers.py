@@ -1,4 +1,4 @@
-"""How a ``tokenizer.json`` cuts text before its merges, and which of llama.cpp's pre-tokenizers cuts in the same places.
+"""How a ``tokenizer.json`` cuts text before its merges, and which pre-tokenizer of llama.cpp does the same.
 
 The choice is made by structure (the chain of ``pre_tokenizer`` steps, regular expressions included), never by a hash of
 token ids, so that a vocabulary nobody has seen before works. The right-hand side of the table are the names that
@@ -35,17 +35,24 @@ LLAMA3 = f"{_CONTRACTION}|{_WORD}|" + r"\p{N}{1,3}|" + f"{_PUNCTUATION}|{_TAIL}"
 QWEN35 = f"{_CONTRACTION}|" + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _TAIL
 NO_CONTRACTIONS = f"{_WORD}|" + r"\p{N}|" + f"{_PUNCTUATION}|{_TAIL}"
 MINICPM5 = f"{_CONTRACTION}|{_WORD}|" + r"\p{N}+|" + f"{_PUNCTUATION}|{_TAIL}"
-SEED_CODER = f"{_CONTRACTION}|{_WORD}|" + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + _TAIL
-BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SEED_CODER = f"{_CONTRACTION}|{_WORD}|" + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _TAIL
+EXAONE_MOE = (
+    f"{_CONTRACTION}|"
+    r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+K2_HORIZON = (
+    f"{_CONTRACTION}|" + r"[^\r\n\p{L}\p{N}]?(?:\p{L}|\p{M}|\u200C|\u200D)+|\p{N}{1,3}|" + f"{_PUNCTUATION}|{_TAIL}"
+)
+JAIS2 = f"{_CONTRACTION}|{_WORD}|" + r"\p{N}{1,3}|" + f"{_PUNCTUATION}|" + r"\s*[\r\n]+|"
+JAIS2 += "".join(rf"\s{{{n}}}(?!\S)|" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2")) + r"\s{1}"
 TEKKEN = _cased_words("", r"\p{N}")
 GPT4O = _cased_words(f"{_CONTRACTION}?", r"\p{N}{1,3}")
-YOUTU_WORDS = _cased_words(f"{_CONTRACTION}?", r"\p{N}")
 DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     + _TAIL
 )
-BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
-_CJK, _CJK_WIDE = "[一-龥぀-ゟ゠-ヿ]+", "[一-龥ࠀ-一가-퟿]+"
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+_CJK, _CJK_WIDE = "[一-龥぀-ゟ゠-ヿ]+", "[一-龥ࠀ-一가-퟿]+"  # noqa: RUF001
 
 _BYTES = "ByteLevel"
 _BYTES_GPT2 = "ByteLevel(regex)"
@@ -56,13 +63,14 @@ class PreTokenizer:
     """One line of the table: `steps` are the HF steps (see `pre_tokenizer_steps`), `name` llama.cpp's.
 
     `ignore_merges`: llama.cpp takes a whole word that is in the vocabulary without looking at the merges.
-    `caveat` says where the two are known to cut differently.
+    `caveat` says where the two are known to cut differently, `differs` which pieces of the probe show it.
     """
 
     name: str
     steps: tuple[str, ...]
     ignore_merges: bool = False
     caveat: str = ""
+    differs: frozenset[str] = frozenset()
 
 
 def split(pattern: str) -> str:
@@ -70,7 +78,10 @@ def split(pattern: str) -> str:
     return f"Split({pattern}, Isolated)"
 
 
-_ASCII_CASE = "llama.cpp looks for a change of case among ASCII letters only, and cuts before combining marks"
+# std::regex knows no categories: llama.cpp writes "upper case" as "a letter, not a-z" and leaves \p{M} out.
+_CASE = "llama.cpp looks for a change of case among ASCII letters only: ids differ for words like ÉCOLE"
+_CASE_AND_MARKS = f"{_CASE}, and where combining marks follow a letter (Devanagari, Thai)"
+_WIDE_SPACE = "llama.cpp does not cut around the ideographic space U+3000: ids differ where one touches a word"
 
 PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
     PreTokenizer("gpt-2", (_BYTES_GPT2,)),
@@ -79,19 +90,33 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
     PreTokenizer("qwen35", (split(QWEN35), _BYTES)),
     PreTokenizer("llama-bpe", (split(LLAMA3), _BYTES), ignore_merges=True),
     PreTokenizer("smaug-bpe", (split(LLAMA3), _BYTES)),
-    PreTokenizer("tekken", (split(TEKKEN), _BYTES), ignore_merges=True, caveat=_ASCII_CASE),
-    PreTokenizer("gpt-4o", (split(GPT4O), _BYTES), caveat=_ASCII_CASE),
+    PreTokenizer(
+        "tekken",
+        (split(TEKKEN), _BYTES),
+        ignore_merges=True,
+        caveat=_CASE_AND_MARKS,
+        differs=frozenset({"capitals", "marks"}),
+    ),
+    PreTokenizer("gpt-4o", (split(GPT4O), _BYTES), caveat=_CASE_AND_MARKS, differs=frozenset({"capitals", "marks"})),
+    PreTokenizer(
+        "granite-embed-multi-97m",
+        (split(GPT4O), _BYTES),
+        ignore_merges=True,
+        caveat=_CASE,
+        differs=frozenset({"capitals"}),
+    ),
     PreTokenizer("ufakzeka", (split(NO_CONTRACTIONS), _BYTES)),
     PreTokenizer("seed-coder", (split(SEED_CODER), _BYTES)),
-    PreTokenizer("bailingmoe", (split(BAILING), _BYTES)),
+    PreTokenizer("exaone-moe", (split(EXAONE_MOE), _BYTES)),
+    PreTokenizer("jais-2", (split(JAIS2), _BYTES)),
+    PreTokenizer("k2-horizon", (split(K2_HORIZON), _BYTES)),
     PreTokenizer("minicpm5", (split(r"\p{N}{1,3}"), split(MINICPM5), _BYTES), ignore_merges=True),
+    PreTokenizer("laguna", (split(r"[^\n]+|[\n]+"), split(QWEN2), _BYTES)),
     PreTokenizer("deepseek-v3", (split(r"\p{N}{1,3}"), split(_CJK), split(DEEPSEEK3), _BYTES)),
     PreTokenizer(
         "deepseek-coder",
         (split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split(_CJK_WIDE), "Digits(individual)", _BYTES),
-    ),
-    PreTokenizer(
-        "default", ("Punctuation(Contiguous)", _BYTES_GPT2, "Digits(runs)", split("[0-9][0-9][0-9]")), caveat="falcon"
+        caveat=_WIDE_SPACE,
     ),
     PreTokenizer("bloom", (split(BLOOM), _BYTES)),
     PreTokenizer("viking", (split(BLOOM), "Digits(individual)", _BYTES)),
@@ -124,6 +149,27 @@ def find_pre_tokenizer(steps: tuple[str, ...], ignore_merges: bool) -> PreTokeni
             "export with `vlmexport onnx` instead, or train the tokenizer with one of llama.cpp's (docs/gguf.md)"
         )
     return next((line for line in found if line.ignore_merges == ignore_merges), found[0])
+
+
+# Spellings that match the same text. A possessive quantifier here only forbids a backtracking that cannot succeed, and
+# \s* in front of [\r\n] already takes every line break but the last.
+_SPELLINGS = (
+    ("\r", r"\r"),
+    ("\n", r"\n"),
+    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _CONTRACTION),
+    ("'(?i:[sdmt]|ll|ve|re)", _CONTRACTION),
+    (r"[^\r\n\p{L}\p{N}]?+\p{L}+", _WORD),
+    (r" ?[^\s\p{L}\p{N}]++[\r\n]*", _PUNCTUATION),
+    (r"|\s*[\r\n]|", r"|\s*[\r\n]+|"),
+    (r"\p{N}{1}|", r"\p{N}|"),
+)
+
+
+def canonical(pattern: str) -> str:
+    """One spelling for regular expressions that are known to match the same text."""
+    for spelling, ours in _SPELLINGS:
+        pattern = pattern.replace(spelling, ours)
+    return pattern
 
 
 def describe(steps: tuple[str, ...]) -> str:
@@ -168,8 +214,7 @@ def _split(step: Json) -> str:
     inverted = bool(step.get("invert")) and behavior != "Isolated"
     if inverted and behavior == "Removed" and text.endswith(r"|\s+"):
         behavior, inverted = "Isolated", False
-    text = text.replace("\r", r"\r").replace("\n", r"\n")
-    return f"Split({text}, {behavior}{', inverted' * inverted})"
+    return f"Split({canonical(text)}, {behavior}{', inverted' * inverted})"
 
 
 def _normalizer(step: Json) -> str:

@@ -19,31 +19,11 @@ _KEYS = {
 }
 # llama.cpp ends an answer at a token with one of these texts, whatever the metadata say (llama_vocab::impl::load).
 END_TEXTS = frozenset(
-    [
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "[EOT]",
-        "[EOS]",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "<｜end▁of▁sentence｜>",
-        "[e~[",
-        "<|ifm|im_end|>",
-    ]
+    (  # noqa: SIM905
+        "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+        "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> "  # noqa: RUF001
+        "[e~[ <|ifm|im_end|>"
+    ).split()
 )
 # Keys of further end tokens, in the order in which they are filled.
 _EXTRA_ENDS = ("eot_token_id", "eom_token_id")
@@ -58,7 +38,7 @@ def special_metadata(
     extra, notes = _further_ends(files, ids["eos"], tokens)
     metadata: dict[str, MetaValue] = {f"tokenizer.ggml.{_KEYS[name]}": i for name, i in ids.items() if i is not None}
     metadata |= extra
-    before, after = _automatic(files, ids)
+    before, after = _automatic(files)
     metadata["tokenizer.ggml.add_bos_token"] = before == [ids["bos"]]
     metadata["tokenizer.ggml.add_eos_token"] = after == [ids["eos"]]
     if kind.space_prefix is not None:
@@ -97,13 +77,10 @@ def _further_ends(
     )
 
 
-def _automatic(files: TokenizerFiles, ids: dict[str, int | None]) -> tuple[list[int], list[int]]:
+def _automatic(files: TokenizerFiles) -> tuple[list[int], list[int]]:
     """Ids that Hugging Face puts before and after every text by itself."""
     plain = files.fast.encode("a", add_special_tokens=False).ids
     full = files.fast.encode("a", add_special_tokens=True).ids
-    if len(full) == len(plain) and not files.tokenizer.get("post_processor"):
-        flags = {name: files.config.get(f"add_{name}_token") is True for name in ("bos", "eos")}
-        return [ids["bos"]] * flags["bos"], [ids["eos"]] * flags["eos"]  # type: ignore[list-item]
     start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return full[:start], full[start + len(plain) :]
 

@@ -11,16 +11,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from vlmexport.errors import BadInputError
-from vlmexport.lower.gguf.sentencepiece import fast_tokenizer_json
+from vlmexport.errors import BadInputError, NotPossibleHereError
 
 Json = Mapping[str, Any]
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Parsed ``tokenizer.json`` (`tokenizer`), ``tokenizer_config.json`` (`config`), ``special_tokens_map.json``
-    (`special`), ``generation_config.json`` (`generation`) and ``config.json`` (`model`); absent files are empty.
+    """What a checkpoint's files say; absent files are empty.
+
+    `tokenizer` is a ``tokenizer.json``: the one that transformers works with, which is not always the file (see
+    `read_tokenizer_files`). `config`, `special`, `generation` and `model` are ``tokenizer_config.json``,
+    ``special_tokens_map.json``, ``generation_config.json`` and ``config.json``.
     """
 
     folder: Path
@@ -33,8 +36,8 @@ class TokenizerFiles:
 
     @cached_property
     def fast(self) -> Tokenizer:
-        """The Hugging Face tokenizer itself: the reference for ids."""
-        return Tokenizer.from_str(json.dumps(self.tokenizer))
+        """The Hugging Face tokenizer itself: the reference for ids. It neither cuts nor pads."""
+        return Tokenizer.from_str(json.dumps({**self.tokenizer, "truncation": None, "padding": None}))
 
     @cached_property
     def added(self) -> tuple[Json, ...]:
@@ -54,20 +57,47 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read the tokenizer of the checkpoint in `folder`.
 
-    Raises `BadInputError` when there is none or a file is no JSON.
+    transformers is asked for the tokenizer, not the file: from version 5 its model classes (``LlamaTokenizer``,
+    ``GemmaTokenizer``...) keep vocabulary and merges of ``tokenizer.json`` but build normalizer and pre-tokenizer
+    themselves, and slow ones (``tokenizer.model``) have no such file. Raises `BadInputError` when there is no tokenizer
+    or a file is no JSON, `NotPossibleHereError` when a package that reads a slow one is missing.
     """
-    path = folder / "tokenizer.json"
-    tokenizer = _read(path) if path.is_file() else fast_tokenizer_json(folder)
     config = _read(folder / "tokenizer_config.json")
     return TokenizerFiles(
         folder=folder,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer_of(folder),
         config=config,
         special=_read(folder / "special_tokens_map.json"),
         generation=_read(folder / "generation_config.json"),
         model=_read(folder / "config.json"),
         chat_template=_chat_template(folder, config),
     )
+
+
+def _tokenizer_of(folder: Path) -> Json:
+    file = folder / "tokenizer.json"
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    ):
+        raise BadInputError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files there")
+    written = _read(file)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ImportError, ValueError, OSError, KeyError) as error:
+        if written:  # a class that transformers cannot load (custom code): its file is the best description left
+            return written
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotPossibleHereError(
+            f"{folder}: transformers cannot read the slow tokenizer here ({reason}); "
+            "`pip install sentencepiece protobuf`, or save its tokenizer.json with save_pretrained elsewhere"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise BadInputError(f"{folder}: {type(tokenizer).__name__} has no fast form; save one with its tokenizer.json")
+    parsed: dict[str, Any] = json.loads(backend.to_str())
+    return parsed
 
 
 def _read(path: Path) -> Json:

@@ -5,26 +5,30 @@ Keys and meaning: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.lower.gguf.kinds import Kind, choose_kind
 from vlmexport.lower.gguf.probe import probe
+from vlmexport.lower.gguf.sentencepiece import SPACE
 from vlmexport.lower.gguf.special_ids import special_metadata
 from vlmexport.lower.gguf.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from vlmexport.model.family import MetaValue
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_SPACE = "▁"
+# Token types of llama.cpp (llama_token_type in llama.h).
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
+# Scores of llama.cpp's converter for tokens that no merge makes, and for rows without a token.
+_ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """All ``tokenizer.*`` keys in writing order, and a text with the ids that Hugging Face gives for it.
 
-    `probe_ids` are without automatic BOS/EOS; llama.cpp's ``llama_tokenize(probe_text, parse_special)`` must equal them.
+    `probe_ids` are without automatic BOS/EOS; llama.cpp's ``llama_tokenize`` (parse_special) must equal them.
     `notes` are known differences that no metadata can remove.
     """
 
@@ -49,7 +53,7 @@ def read_vocabulary(folder: Path, arch: str, vocab_size: int) -> Vocabulary:
     with more tokens than rows.
     """
     files = read_tokenizer_files(folder)
-    kind = choose_kind(files.tokenizer)
+    kind = choose_kind(files.tokenizer, frozenset(str(token["content"]) for token in files.added))
     tokens = _tokens(files, kind, vocab_size)
     special, special_notes = special_metadata(files, kind, [token.text for token in tokens])
     metadata: dict[str, MetaValue] = {
@@ -71,31 +75,33 @@ def read_vocabulary(folder: Path, arch: str, vocab_size: int) -> Vocabulary:
 
 def _tokens(files: TokenizerFiles, kind: Kind, vocab_size: int) -> list[_Token]:
     added = {int(token["id"]): token for token in files.added}
-    known = {**kind.vocabulary, **{index: token["content"] for index, token in added.items()}}
+    known = {index: text for text, index in kind.vocabulary.items()}
+    known |= {index: str(token["content"]) for index, token in added.items()}
     last = max(known, default=-1)
     if last >= vocab_size:
         raise BadInputError(
             f"{files.folder}: token {known[last]!r} has id {last}, the model's embedding table {vocab_size} rows; "
             "resize the model's embeddings or take the tokenizer that belongs to it"
         )
-    tokens = [_token(index, known, added.get(index), kind) for index in range(vocab_size)]
+    tokens = [_token(index, known.get(index), added.get(index), kind) for index in range(vocab_size)]
     _refuse_twins(files.folder, tokens)
     return tokens
 
 
-def _token(index: int, known: dict[int, str], added: dict[str, object] | None, kind: Kind) -> _Token:
-    if index not in known:
-        return _Token(f"[PAD{index}]", UNUSED, kind.padding_score)
-    score = kind.score(index)
+def _token(index: int, text: str | None, added: Mapping[str, Any] | None, kind: Kind) -> _Token:
+    if text is None:
+        return _Token(f"[PAD{index}]", UNUSED, _PADDING_SCORE)
+    score = (kind.scores or {}).get(index, _ADDED_SCORE)
+    if kind.is_byte(text):
+        return _Token(text, BYTE, score)
     if added is None:
-        return _Token(known[index], kind.type_of(known[index]), score)
-    text = str(added["content"])
-    if added.get("special"):
-        return _Token(text, UNKNOWN if index == kind.unknown else CONTROL, score)
-    if kind.scores is not None and _SPACE in text and not added.get("normalized"):
-        # Hugging Face looks for it in raw text, where spaces are not yet ▁, and so never finds it there: the merges make it.
         return _Token(text, NORMAL, score)
-    return _Token(text.replace(_SPACE, " ") if kind.escapes_spaces else text, USER_DEFINED, score)
+    if added.get("special"):
+        return _Token(text, CONTROL, score)
+    if kind.escapes_spaces and SPACE in text:
+        # Raw text has spaces where this has ▁, so Hugging Face never finds it there: it comes of the merges.
+        return _Token(text, NORMAL, score)
+    return _Token(text, USER_DEFINED, score)
 
 
 def _refuse_twins(folder: Path, tokens: Sequence[_Token]) -> None:
