@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlmexport.gguf_options import GgufOptions, GgufPlan
     from vlmexport.gguf_pipeline import GgufResult
     from vlmexport.inspection import InspectReport
+    from vlmexport.lower.gguf.adapter import AdapterGguf
     from vlmexport.pipeline import ExportResult
     from vlmexport.plan import ExportPlan, OnnxOptions
     from vlmexport.quantize.scheme import QuantScheme
@@ -184,6 +185,26 @@ def export_gguf(
         lora=lora,
         trust_remote_code=trust_remote_code,
     )
+
+
+def export_lora(
+    adapter: str,
+    out: Path,
+    *,
+    base: str,
+    outtype: str = "f32",
+    force: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> AdapterGguf:
+    """Write the LoRA `adapter` (PEFT's folder or a hub id) of the model `base` as the file `out`, for llama.cpp.
+
+    `outtype` is ``f32`` or ``f16``. Raises `BadInputError` for an adapter of another base, and one that does more than
+    llama.cpp can apply at run time (vision modules, DoRA, replaced weights), with the reason.
+    """
+    from vlmexport.lower.gguf.adapter import export_adapter
+
+    return export_adapter(adapter, out, base, outtype, force, progress or SilentProgress(), trust_remote_code)
 
 
 def measure_sensitivity(

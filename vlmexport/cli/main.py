@@ -16,7 +16,9 @@ from vlmexport.cli.failures import describe_failure
 from vlmexport.cli.session import Session
 from vlmexport.errors import VlmExportError
 
-COMMANDS = ("inspect", "plan", "sensitivity", "onnx", "gguf", "quantize", "verify", "bench", "run", "demo", "doctor")
+COMMANDS = (
+    "inspect", "plan", "sensitivity", "onnx", "gguf", "lora", "quantize", "verify", "bench", "run", "demo", "doctor",
+)  # fmt: skip
 
 # transformers imports torchao where it is installed, which then warns of CUDA libraries that it does not find.
 _CHATTY = ("torchao", "torch.utils._pytree")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MATRIX_AXES = 2
+_MERGE = "merge the adapter into an export by --lora"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update of one matrix, ``scaling * b @ a``, in float32: `a` ``[r, in]``, `b` ``[out, r]``."""
+    """The update of one matrix, ``scaling * b @ a``, in float32: `a` ``[r, in]``, `b` ``[out, r]``.
+
+    Of an embedding (`embedding`) `a` is ``[r, rows]``, `b` ``[columns, r]`` and the product is transposed.
+    """
 
     parameter: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    embedding: bool = False
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter, base: str = "") -> MergedAdapter:
@@ -90,7 +95,7 @@ def low_rank_updates(model: PreTrainedModel, adapter: Adapter) -> dict[str, LowR
         base = known[names[name]]
         same = tensor.shape == base.shape and torch.equal(tensor.to(base.dtype), base)
         if not same:
-            raise BadInputError(f"{adapter.path}: {name} is replaced altogether, which is no low-rank update")
+            raise BadInputError(f"{adapter.path}: {name} is replaced altogether, which is no low-rank update; {_MERGE}")
     found = {}
     for module in adapter.modules.values():
         found[names[f"{module.name}.weight"]] = _low_rank(whole, adapter, module, names)
@@ -100,11 +105,11 @@ def low_rank_updates(model: PreTrainedModel, adapter: Adapter) -> dict[str, LowR
 def _low_rank(model: Any, adapter: Adapter, module: AdaptedModule, names: Mapping[str, str]) -> LowRank:
     for what, tensor in (("DoRA magnitudes", module.magnitude), ("a bias", module.bias), ("whole rows", module.tokens)):
         if tensor is not None:
-            raise BadInputError(f"{adapter.path}: {module.name} has {what}, which is no low-rank update")
+            raise BadInputError(f"{adapter.path}: {module.name} has {what}, which is no low-rank update; {_MERGE}")
     name = names[f"{module.name}.weight"]
     a, b = _pair(module)
     _same_shape(adapter, module.name, _delta(model, module, name), name, model.get_parameter(name))
-    return LowRank(name, a, b, adapter.config.scaling(module.name))
+    return LowRank(name, a, b, adapter.config.scaling(module.name), module.embedding)
 
 
 def _places(names: ParameterNames, adapter: Adapter) -> dict[str, str]:
