@@ -61,11 +61,9 @@ def command(
             trust_remote_code=trust_remote_code,
         )
     session.write_json(result_data(made, form))
-    session.console().print(
-        f"Wrote {made.path}, {bytes_text(made.bytes)}: {len(made.changed)} matrices ({made.arch}), alpha {made.alpha:g}.",
-        markup=False,
-        soft_wrap=True,
-    )
+    size, count = bytes_text(made.bytes), len(made.changed)
+    line = f"Wrote {made.path}, {size}: {count} matrices of {made.arch}, alpha {made.alpha:g}."
+    session.console().print(line, markup=False, soft_wrap=True)
 
 
 def result_data(made: AdapterGguf, form: str) -> dict[str, Any]:
