@@ -68,7 +68,7 @@ class GgufPlan:
     """Every tensor of both files in file order, and every weight that goes nowhere, with the reason.
 
     `metadata` are the architecture's keys of each file (`vlmexport.model.family.GgufHalf`), without the tokenizer's and
-    the general ones; `computed` the values of tensors without a source.
+    the general ones; `computed` the values of tensors without a source; `notes` what the user must know of the family.
     """
 
     architecture: str
@@ -79,6 +79,7 @@ class GgufPlan:
     unused: dict[str, str]
     metadata: dict[File, dict[str, MetaValue]]
     computed: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def of(self, file: File) -> tuple[GgufTensor, ...]:
         """The tensors of one file, in its order."""
@@ -134,7 +135,9 @@ def gguf_options(
     options = GgufOptions(quant.upper(), mmproj_type.upper(), source, types, smooth, None, compatible)
     if quant.lower() in ALGORITHMS:
         if smooth != "none":
-            raise BadInputError(f"--smooth {smooth} is for file types such as Q4_K_M; --quant awq+gptq smooths by itself")
+            raise BadInputError(
+                f"--smooth {smooth} is for file types such as Q4_K_M; --quant awq+gptq smooths by itself"
+            )
         scheme, kind = _codes(quant.lower(), int(bits), symmetric)
         return dataclasses.replace(options, quant=kind, scheme=scheme, imatrix="none")
     if quant.upper() not in FILE_TYPES:

@@ -194,7 +194,7 @@ def _model(vlm: VLM, plan: GgufPlan, vocabulary: Vocabulary) -> dict[str, Any]:
             "mmproj_type": plan.options.mmproj_type,
             "probe_text": vocabulary.probe_text,
             "probe_ids": list(vocabulary.probe_ids),
-            "notes": list(vocabulary.notes),
+            "notes": [*vocabulary.notes, *plan.notes],
         },
     }
 

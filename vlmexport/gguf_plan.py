@@ -57,6 +57,7 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
         unused=unused,
         metadata={"text": {**text.metadata, **vision.text_metadata}, "mmproj": dict(vision.metadata)},
         computed={**text.computed, **vision.computed},
+        notes=(*text.notes, *vision.notes),
     )
 
 

@@ -144,10 +144,15 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
         TensorRule(f"{projector}.mm_input_projection_weight", ("mm.input_projection.weight",), whole=True),
         linear(f"{projector}.mm_soft_emb_norm", "mm.soft_emb_norm", _ADD_ONE),
     )
+    side = int(encoder.image_size)
     return GgufHalf(
         "gemma3",
         rules,
         metadata,
+        notes=(
+            "llama.cpp gives a picture that is not square black edges, where the model's processor stretches it: make "
+            f"pictures {side} x {side} pixels for the same answers",
+        ),
         unused={f"{tower}.head.*": "the tower's pooling head, which the language model does not read"},
         # llama.cpp transposes the projection when it runs, which blocks of a quantized type cannot be.
         always_f32=("v.patch_embd.weight", "v.position_embd.weight", "mm.input_projection.weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmexport.errors import UnsupportedModelError
@@ -27,7 +28,15 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
     require(encoder, "in_channels", (3,), "llama.cpp reads three colours")
     _check_rope(encoder)
     build = {"qwen2_vl": _qwen2, "qwen2_5_vl": _qwen2_5, "qwen3_vl": _qwen3, "qwen3_vl_moe": _qwen3}
-    return build[config.model_type](config, _metadata(config, preprocessor))
+    half = build[config.model_type](config, _metadata(config, preprocessor))
+    step = int(encoder.patch_size) * int(encoder.spatial_merge_size)
+    return replace(
+        half,
+        notes=(
+            "llama.cpp fits a picture into whole tokens with black edges, where the model's processor stretches it: make "
+            f"both sides multiples of {step} pixels for the same answers",
+        ),
+    )
 
 
 def _metadata(config: Any, preprocessor: Mapping[str, Any]) -> dict[str, MetaValue]:

@@ -54,7 +54,8 @@ class GgufHalf:
     with the reason. `always_f32` are GGUF names (patterns) that keep F32 whatever was asked, beyond llama.cpp's
     general rules. `text_metadata` are keys that a vision half adds to the text file: what a decoder must know of the
     images' features (``qwen3vl.n_deepstack_layers``). `borrowed` are rules by which a vision half makes tensors of its
-    own from the text model's weights (`whole`, by their names below the text model).
+    own from the text model's weights (`whole`, by their names below the text model). `notes` say where llama.cpp treats
+    pictures otherwise than the model's own processor, and what helps.
     """
 
     arch: str
@@ -65,6 +66,7 @@ class GgufHalf:
     always_f32: tuple[str, ...] = ()
     text_metadata: Mapping[str, MetaValue] = field(default_factory=dict)
     borrowed: tuple[TensorRule, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def linear(source: str, target: str, transform: Transform | None = None, bias: Transform | None = None) -> TensorRule:
