@@ -33,8 +33,8 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
     return replace(
         half,
         notes=(
-            "llama.cpp fits a picture into whole tokens with black edges, where the model's processor stretches it: make "
-            f"both sides multiples of {step} pixels for the same answers",
+            "llama.cpp fits a picture into whole tokens with black edges, where the model's processor stretches it: "
+            f"make both sides multiples of {step} pixels for the same answers",
         ),
     )
 
