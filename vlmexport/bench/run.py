@@ -6,10 +6,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmexport.bench.gguf import save_question
 from vlmexport.bench.memory import folder_bytes
 from vlmexport.bench.process import Worker, started, worker_command
 from vlmexport.bench.timing import Round, summarise
@@ -19,11 +20,11 @@ from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.checkpoint import read_checkpoint
 from vlmexport.model.source import resolve_source
 from vlmexport.progress import Progress, SilentProgress
+from vlmexport.runtime.generate import GGUF_LAYOUT
+from vlmexport.runtime.prompt import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from vlmexport.runtime.protocol import ModelInputs
 
 DEFAULT_PROMPT = "What is in the picture?"
 REFERENCES = {"pytorch_fp32": "float32", "pytorch_bf16": "bfloat16"}
@@ -69,13 +70,12 @@ def bench_artifact(
     """
     artifact = open_artifact(path)
     threads = threads or usable_cores()
+    pictures = [load_image(image) for image in images] or [_drawn_picture()]
     with tempfile.TemporaryDirectory(prefix="vlmexport-bench-") as folder:
-        inputs = Path(folder) / "inputs.npz"
-        prepared = _inputs(artifact, prompt, images)
-        save_inputs(prepared, inputs)
-        base = Contender("artifact", str(path), "float32", threads, str(inputs), tokens, trust_remote_code)
-        contenders, note = _contenders(artifact, model, lora, base)
-        measured = _measure(contenders, rounds, progress or SilentProgress())
+        base = Contender("artifact", str(path), "float32", threads, "", tokens, trust_remote_code)
+        asked = _Question(prompt, pictures, Path(folder))
+        contenders, note = _contenders(artifact, model, lora, base, asked)
+        measured, prompt_tokens = _measure(contenders, rounds, progress or SilentProgress())
     ours = _with_size(measured.pop("artifact"), sum(f.bytes for f in artifact.manifest.files.values()))
     size = folder_bytes(Path(contenders["pytorch_fp32"].path), _is_weights) if measured else 0
     references = {name: _with_size(values, size) for name, values in measured.items()}
@@ -83,8 +83,8 @@ def bench_artifact(
         "threads": threads,
         "rounds": rounds,
         "decode_tokens": tokens,
-        "prompt_tokens": int(prepared.input_ids.shape[1]),
-        "images": len(images) or 1,
+        "prompt_tokens": prompt_tokens,
+        "images": len(pictures),
         "references": note,
     }
     return BenchReport(ours, references, _ratios(ours, references), settings)
@@ -93,12 +93,6 @@ def bench_artifact(
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _inputs(artifact: Artifact, prompt: str, images: Sequence[Path]) -> ModelInputs:
-    from vlmexport.runtime.prompt import PromptBuilder
-
-    return PromptBuilder(artifact.path).build(list(images) or [_drawn_picture()], prompt)
 
 
 def _drawn_picture() -> Image:
@@ -112,22 +106,56 @@ def _drawn_picture() -> Image:
     return picture
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, and the folder for the files in which the workers find it."""
+
+    prompt: str
+    pictures: Sequence[Image]
+    folder: Path
+
+
 def _contenders(
-    artifact: Artifact, model: str | None, lora: str | None, base: Contender
+    artifact: Artifact, model: str | None, lora: str | None, base: Contender, asked: _Question
 ) -> tuple[dict[str, Contender], str]:
-    """All contenders by name, and what to say about the references."""
+    """All contenders by name, their inputs written, and what to say about the references."""
     made_from = artifact.manifest.source
     source = model or str(made_from.get("model", ""))
     adapter = lora or (made_from.get("lora") or {}).get("path")
+    ours = _contender(artifact, base, asked)
     try:
         original = resolve_source(source, trust_remote_code=base.trust_remote_code)
         read_checkpoint(original, trust_remote_code=base.trust_remote_code)
+        base = replace(base, inputs=_prepared(artifact, asked))
     except (BadInputError, NotPossibleHereError) as error:
         if model or lora:
             raise
-        return {"artifact": base}, f"not measured: {error}"
+        return {"artifact": ours}, f"not measured: {error}"
     made = {name: _reference(base, original, adapter, dtype) for name, dtype in REFERENCES.items()}
-    return {"artifact": base, **made}, f"PyTorch with {source}" + (f" and {adapter}" if adapter else "")
+    return {"artifact": ours, **made}, f"PyTorch with {source}" + (f" and {adapter}" if adapter else "")
+
+
+def _contender(artifact: Artifact, base: Contender, asked: _Question) -> Contender:
+    """The export itself, with the question in the form that its runtime takes."""
+    if artifact.manifest.layout != GGUF_LAYOUT:
+        return replace(base, inputs=_prepared(artifact, asked))
+    folder = asked.folder / "question"
+    save_question(artifact.path, asked.prompt, asked.pictures, folder)
+    return replace(base, kind="gguf", inputs=str(folder))
+
+
+def _prepared(artifact: Artifact, asked: _Question) -> str:
+    """The file of what the model's own processor makes of the question."""
+    from vlmexport.runtime.prompt import PromptBuilder
+
+    file = asked.folder / "inputs.npz"
+    if not file.is_file():
+        try:
+            builder = PromptBuilder(artifact.path)
+        except ImportError as error:  # torchvision, for some image processors
+            raise NotPossibleHereError(f"{artifact.path}: the processor does not load here: {error}") from error
+        save_inputs(builder.build(asked.pictures, asked.prompt), file)
+    return str(file)
 
 
 def _reference(base: Contender, original: Path, lora: str | None, dtype: Any) -> Contender:
@@ -135,8 +163,13 @@ def _reference(base: Contender, original: Path, lora: str | None, dtype: Any) ->
     return Contender("pytorch", str(original), dtype, base.threads, base.inputs, base.tokens, trust, lora)
 
 
-def _measure(contenders: dict[str, Contender], rounds: int, progress: Progress) -> dict[str, dict[str, float]]:
-    """Speed, load time and memory of every contender; rounds alternate so that a busy moment hits all of them."""
+def _measure(
+    contenders: dict[str, Contender], rounds: int, progress: Progress
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Speed, load time and memory of every contender, and the prompt tokens of the export.
+
+    Rounds alternate so that a busy moment hits all of them.
+    """
     with ExitStack() as stack, progress.stage("bench", len(contenders) * (rounds + 1)) as stage:
         workers = {name: stack.enter_context(started(worker_command(c))) for name, c in contenders.items()}
         done: dict[str, list[Round]] = {name: [] for name in contenders}
@@ -146,7 +179,8 @@ def _measure(contenders: dict[str, Contender], rounds: int, progress: Progress) 
                 if number:  # the first is the warm-up
                     done[name].append(measured)
                 stage.advance(description=f"{name}, round {number}" if number else f"{name}, warm-up")
-        return {name: _figures(done[name], worker) for name, worker in workers.items()}
+        figures = {name: _figures(done[name], worker) for name, worker in workers.items()}
+        return figures, done["artifact"][0].prompt_tokens
 
 
 def _figures(rounds: list[Round], worker: Worker) -> dict[str, float]:

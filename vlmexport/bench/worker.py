@@ -9,29 +9,35 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from vlmexport.bench.gguf import load_rounds
 from vlmexport.bench.memory import read_memory
-from vlmexport.bench.timing import measure_round
+from vlmexport.bench.timing import Round, measure_round
 from vlmexport.errors import VlmExportError
 from vlmexport.runtime.protocol import ModelInputs, Runner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Measure: TypeAlias = Callable[[], Round]  # one measured answer
+Ready: TypeAlias = Callable[[], Measure]  # a loaded contender, before it has seen its inputs
+
 
 @dataclass(frozen=True)
 class Contender:
     """Who is measured: an export (`path` is its folder) or PyTorch on `path` in `dtype`; on which inputs, how long.
 
-    `lora` is an adapter that PyTorch's model is given.
+    `inputs`: the file of `save_inputs`; of a ``gguf`` export, the folder of `save_question`. `lora` is an adapter that
+    PyTorch's model is given.
     """
 
-    kind: Literal["artifact", "pytorch"]
+    kind: Literal["artifact", "gguf", "pytorch"]
     path: str
     dtype: Literal["float32", "bfloat16"]
     threads: int
@@ -57,28 +63,31 @@ def load_inputs(path: Path) -> ModelInputs:
 def serve(contender: Contender, commands: IO[str], replies: IO[str]) -> None:
     """Load the contender and answer `commands` until ``end``; every reply is one JSON line."""
     start = time.perf_counter()
-    runner = _artifact(contender) if contender.kind == "artifact" else _pytorch(contender)
+    ready = _LOADERS[contender.kind](contender)
     _reply(replies, {"load_s": time.perf_counter() - start})
-    inputs = load_inputs(Path(contender.inputs))
-    if contender.kind == "pytorch":
-        _settle_threads(runner, inputs, contender.threads)
+    measure = ready()
     for command in commands:
         if command.strip() == "end":
             break
-        _reply(replies, measure_round(runner, inputs, contender.tokens).to_dict())
+        _reply(replies, measure().to_dict())
     _reply(replies, asdict(read_memory()))
 
 
-def _artifact(contender: Contender) -> Runner:
+def _artifact(contender: Contender) -> Ready:
     from vlmexport.manifest import open_artifact
     from vlmexport.runtime.ort import OnnxRunner
 
     runner = OnnxRunner(open_artifact(Path(contender.path), check_hashes=False), threads=contender.threads)
     runner.load()
-    return runner
+    return lambda: _rounds(runner, contender)
 
 
-def _pytorch(contender: Contender) -> Runner:
+def _gguf(contender: Contender) -> Ready:
+    measure = load_rounds(Path(contender.path), Path(contender.inputs), contender.tokens, contender.threads)
+    return lambda: measure
+
+
+def _pytorch(contender: Contender) -> Ready:
     import torch
 
     from vlmexport.model.load import load_vlm
@@ -87,7 +96,21 @@ def _pytorch(contender: Contender) -> Runner:
     torch.set_num_threads(contender.threads)
     vlm = load_vlm(contender.path, lora=contender.lora, trust_remote_code=contender.trust_remote_code)
     torch.nn.Module.to(vlm.model, getattr(torch, contender.dtype))
-    return TorchRunner(vlm)
+    runner = TorchRunner(vlm)
+
+    def settled() -> Measure:
+        _settle_threads(runner, load_inputs(Path(contender.inputs)), contender.threads)
+        return _rounds(runner, contender)
+
+    return settled
+
+
+_LOADERS: dict[str, Callable[[Contender], Ready]] = {"artifact": _artifact, "gguf": _gguf, "pytorch": _pytorch}
+
+
+def _rounds(runner: Runner, contender: Contender) -> Measure:
+    inputs = load_inputs(Path(contender.inputs))
+    return lambda: measure_round(runner, inputs, contender.tokens)
 
 
 def _settle_threads(runner: Runner, inputs: ModelInputs, most: int) -> None:

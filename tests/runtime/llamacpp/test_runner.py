@@ -231,3 +231,5 @@ def test_closing_twice_is_allowed(gguf: Files) -> None:
     made = LlamaCppRunner(*gguf, threads=1, context=256)
     made.close()
     made.close()
+    with pytest.raises(BadInputError, match="the runner is closed"):
+        made.prompt("What?")

@@ -18,6 +18,7 @@ from vlmexport.runtime.llamacpp.structs import Batch, ContextParams, InputText, 
 
 FLASH_AUTO = -1
 FLASH_OFF = 0
+MARKER = "<__media__>"
 TEXT_CHUNK = 0
 IMAGE_CHUNK = 1
 _ERROR = 4
@@ -92,7 +93,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "offload_kqv": True, "no_perf": True, "swa_full": True, "kv_unified": False, "ctx_other": None,
     },
     "mtmd_context_params_default": {
-        "use_gpu": True, "print_timings": True, "n_threads": 4, "media_marker": b"<__media__>", "flash_attn_type": -1,
+        "use_gpu": True, "print_timings": True, "n_threads": 4, "media_marker": MARKER.encode(), "flash_attn_type": -1,
         "warmup": True, "image_min_tokens": -1, "image_max_tokens": -1, "batch_max_tokens": 1024,
     },
 }  # fmt: skip

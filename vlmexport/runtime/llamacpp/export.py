@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 TEXT_PART = "decoder"
 VISION_PART = "vision_encoder"
+SMALLEST_CONTEXT = 256  # llama.cpp rounds up to multiples of it
 
 
-def open_runner(artifact: Artifact, *, threads: int = 0, exact: bool = False) -> LlamaCppRunner:
-    """llama.cpp with the two files of a ``gguf`` export."""
+def open_runner(artifact: Artifact, *, threads: int = 0, context: int = SMALLEST_CONTEXT) -> LlamaCppRunner:
+    """llama.cpp with the two files of a ``gguf`` export; its ``reserve`` makes room for what a prompt needs."""
     text, vision = artifact.part_path(TEXT_PART), artifact.part_path(VISION_PART)
-    return LlamaCppRunner(text, vision, threads=threads, exact=exact)
+    return LlamaCppRunner(text, vision, threads=threads, context=context)
 
 
 def answer_gguf(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.runtime.generate import Timings
-from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, llama
+from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, MARKER, llama
 from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt, TextChunk, cut, encode
 from vlmexport.runtime.llamacpp.decoder import LlamaDecoder
 from vlmexport.runtime.sampling import Sampling, choose
@@ -35,8 +35,8 @@ class LlamaCppRunner:
     cache; it is made at the first decoding. `kv_type`: ggml type of the cache. `exact`: an F32 cache and no flash
     attention, for comparison with PyTorch; otherwise what llama.cpp's own tools do. `load_ms`: how long loading took.
 
-    Raises `BadInputError` when a file is missing or the halves do not fit together, `ArtifactError` when llama.cpp
-    does not load one, `NotPossibleHereError` without the pinned wheel; all carry llama.cpp's own message.
+    Raises `BadInputError` when a file is missing, `ArtifactError` when llama.cpp does not load one (with its own
+    message: halves that do not fit together, say), `NotPossibleHereError` without the pinned wheel.
     """
 
     def __init__(
@@ -61,13 +61,12 @@ class LlamaCppRunner:
         self._decoder: LlamaDecoder | None = None
         try:
             self._model = self._load_text(text)
-            self._vocab = self._library.llama_model_get_vocab(self._model)
             self._adapter = self._load_lora(lora) if lora is not None else None
             self._vision = self._load_vision(mmproj) if mmproj is not None else None
         except BaseException:
             self.close()
             raise
-        self.marker: str = self._library.mtmd_context_params_default().media_marker.decode()
+        self.marker = MARKER
         self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
         self.embedding_width = int(self._library.llama_model_n_embd_inp(self._model))
         self.load_ms = 1000 * (time.perf_counter() - start)
@@ -122,6 +121,10 @@ class LlamaCppRunner:
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
+
+    def prepare(self) -> None:
+        """Make the context now, and not at the first decoding."""
+        self._decoder = self._decoder or self._make_decoder()
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, special tokens in it parsed.
@@ -223,6 +226,12 @@ class LlamaCppRunner:
             logits = decoder.text([token], 1)[-1]
             timings.decode_ms.append(1000 * (time.perf_counter() - start))
 
+    @property
+    def _vocab(self) -> Any:
+        if not self._model:
+            raise BadInputError("the runner is closed")
+        return self._library.llama_model_get_vocab(self._model)
+
     def _ends(self, token: int) -> bool:
         return bool(self._library.llama_vocab_is_eog(self._vocab, token))
 
@@ -235,7 +244,9 @@ class LlamaCppRunner:
         """The decoder with all of the prompt but its tail in an otherwise empty cache, with room for `more` tokens."""
         if not prompt.tail:
             raise BadInputError("the prompt must end with text, for the answer continues behind a text token")
-        decoder = self._decoder = self._decoder or self._make_decoder()
+        self.prepare()
+        decoder = self._decoder
+        assert decoder is not None
         if (needed := len(prompt.ids) + more) > decoder.context:
             raise BadInputError(
                 f"the prompt of {len(prompt.ids)} tokens and {more} answer tokens need {needed}, but the context has "
