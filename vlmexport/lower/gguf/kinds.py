@@ -120,7 +120,7 @@ def _sentencepiece(model: Json, spacing: spm.Spacing, added: frozenset[str]) -> 
             "export with `vlmexport onnx` instead"
         )
     crossing = spm.crosses_lines(merges)
-    scores = spm.scores_of_merges(vocabulary, merges)
+    scores = spm.scores_of_merges(everything, merges, added)
     if scores is not None or (not spacing.prefix and crossing is None):
         by_merges = scores is None
         return Kind(

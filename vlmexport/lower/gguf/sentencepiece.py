@@ -76,11 +76,14 @@ def crosses_lines(merges: Sequence[tuple[str, str]]) -> str | None:
     return next((a + b for a, b in merges if "\n" in a + b and (a + b).strip("\n")), None)
 
 
-def scores_of_merges(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[int, float] | None:
+def scores_of_merges(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], added: frozenset[str]
+) -> dict[int, float] | None:
     """Scores by id with which llama.cpp's search for the best score equals these merges; None when there are none.
 
     There are some when every way of splitting a piece into two is a merge and the merges of one piece follow each
-    other: SentencePiece's own models are like that, tokenizers trained by Hugging Face are not.
+    other: SentencePiece's own models are like that, tokenizers trained by Hugging Face are not. `added` tokens that no
+    merge makes are no pieces.
     """
     ranks: dict[str, int] = {}
     last = ""
@@ -91,9 +94,10 @@ def scores_of_merges(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, 
         ranks.setdefault(piece, len(ranks))
         last = piece
     known = set(merges)
-    for piece in ranks.keys() | {text for text in vocabulary if len(text) > 1 and not BYTE.fullmatch(text)}:
+    pieces = {text for text in vocabulary if text in ranks or (text not in added and not BYTE.fullmatch(text))}
+    for piece in pieces:
         for cut in range(1, len(piece)):
             pair = piece[:cut], piece[cut:]
-            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in known:
+            if pair[0] in pieces and pair[1] in pieces and pair not in known:
                 return None
     return {vocabulary[piece]: -float(rank) for piece, rank in ranks.items() if piece in vocabulary}
