@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,18 @@ def load_questions(file: Path) -> list[Question]:
     if not questions:
         raise BadInputError(f"{file} holds no questions")
     return questions
+
+
+def bundled_questions(weight_digests: Collection[str], amount: Amount) -> list[Question]:
+    """The frozen questions when the bundled model's weights are among `weight_digests` (SHA-256), otherwise none."""
+    from vlmexport import demo
+    from vlmexport.manifest import file_sha256
+
+    weights = demo.model_dir() / "model.safetensors"
+    if not (weights.is_file() and demo.questions_file().is_file()) or file_sha256(weights) not in weight_digests:
+        return []
+    questions = load_questions(demo.questions_file())
+    return questions if amount == "all" else sample(questions)
 
 
 def sample(questions: Sequence[Question], size: int = SAMPLE_SIZE) -> list[Question]:

@@ -51,7 +51,7 @@ class Reference:
         Quantized ones are the dequantized codes; floats that calibration changed come from the export's own file of
         them; kept ones that the manifest calls float16 are rounded to it.
         """
-        manifest, folded = artifact.manifest, _folded(artifact)
+        manifest, folded = artifact.manifest, folded_weights(artifact)
         known = dict(self.vlm.model.named_parameters(remove_duplicate=False))
         halves = [kept.name for kept in manifest.unquantized if kept.dtype in _HALF_NAMES and kept.name in known]
         stored = {**{name: known[name].detach() for name in halves}, **folded}
@@ -59,7 +59,8 @@ class Reference:
         return self.runner.substituted({**weights, **{name: codes[name].dequantize() for name in codes}})
 
 
-def _folded(artifact: Artifact) -> dict[str, torch.Tensor]:
+def folded_weights(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """The floats that calibration changed, by name, from the export's own file of them; empty where there is none."""
     from safetensors.torch import load_file
 
     if FOLDED_NAME not in artifact.manifest.files:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,16 @@ from vlmexport.verify.quantization import (
     collect_answers,
     judge_quantization,
 )
-from vlmexport.verify.questions import Amount, Question, load_questions, sample
+from vlmexport.verify.questions import Amount, Question, bundled_questions, load_questions
 from vlmexport.verify.reference import Reference, changed_source_files, load_reference, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
 from vlmexport.verify.structure import check_structure
+from vlmexport.verify.threads import SMALL_EXPORT_BYTES, good_threads, torch_threads
 
 _CPU = "CPUExecutionProvider"
 _SCORED_TOKENS = 48
 _UNSCORED_TOKENS = 16
-_SMALL_EXPORT_BYTES = 64 << 20
 # Drawn questions where a model has none of its own: enough answer tokens for a share, few enough to wait for.
 _DRAWN_SMALL, _DRAWN = 60, 12
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
@@ -115,10 +114,25 @@ def verify_artifact(
     """
     started = time.perf_counter()
     artifact = open_artifact(path)
+    if artifact.manifest.layout == "gguf":
+        from vlmexport.verify.gguf.run import verify_gguf
+
+        return verify_gguf(
+            artifact.part_path("decoder"),
+            artifact.part_path("vision_encoder"),
+            model=model,
+            lora=lora,
+            artifact=artifact,
+            samples=samples,
+            questions=questions,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+            threads=threads,
+        )
     target = load_target(artifact.manifest.target)
-    asked = load_questions(samples) if samples else _bundled_questions(artifact, questions)
-    used = _good_threads(artifact) if threads is None else threads
-    with (progress or SilentProgress()).stage("verify") as stage, _torch_threads(used):
+    asked = load_questions(samples) if samples else _own_questions(artifact, questions)
+    used = good_threads(_size(artifact)) if threads is None else threads
+    with (progress or SilentProgress()).stage("verify") as stage, torch_threads(used):
         gate = Gate(lambda name: stage.advance(1, name))
         run = _prepare(gate, artifact, target, used)
         reference, why_not = _reference(artifact, model, lora, trust_remote_code=trust_remote_code)
@@ -253,7 +267,7 @@ def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
 def _check_quantization(
     run: _Run, reference: Reference, prompts: Prompts, asked: list[Question]
 ) -> tuple[Answers, QuantizationSummary]:
-    items = answer_items(prompts, asked, _DRAWN_SMALL if _is_small(run.artifact) else _DRAWN)
+    items = answer_items(prompts, asked, _DRAWN_SMALL if _size(run.artifact) < SMALL_EXPORT_BYTES else _DRAWN)
     answers, summary = Answers(), QuantizationSummary()
     with run.gate.guard("quantization/answers", "model", "quantization"):
         answers = collect_answers(
@@ -298,40 +312,12 @@ def _unchanged(array: Array) -> Array:
     return array
 
 
-def _bundled_questions(artifact: Artifact, amount: Amount) -> list[Question]:
-    """The frozen questions when the export is of the bundled model, otherwise none."""
-    from vlmexport import demo
-    from vlmexport.manifest import file_sha256
-
-    weights = demo.model_dir() / "model.safetensors"
-    exported: Any = artifact.manifest.source.get("files", {})
-    if not (weights.is_file() and demo.questions_file().is_file()) or file_sha256(weights) not in exported.values():
-        return []
-    questions = load_questions(demo.questions_file())
-    return questions if amount == "all" else sample(questions)
+def _own_questions(artifact: Artifact, amount: Amount) -> list[Question]:
+    return bundled_questions(artifact.manifest.source.get("files", {}).values(), amount)
 
 
-def _good_threads(artifact: Artifact) -> int:
-    """One for a model so small that handing work between threads costs more than it saves; 0: the runtimes' choice."""
-    return 1 if _is_small(artifact) else 0
-
-
-def _is_small(artifact: Artifact) -> bool:
-    return sum(record.bytes for record in artifact.manifest.files.values()) < _SMALL_EXPORT_BYTES
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """PyTorch with `count` threads (0: as it is) for the length of the block."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _size(artifact: Artifact) -> int:
+    return sum(record.bytes for record in artifact.manifest.files.values())
 
 
 def _runtime_facts(

@@ -1,0 +1,151 @@
+"""llama.cpp against PyTorch with the weights that the files hold: image embeddings, logits, greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
+from vlmexport.runtime.protocol import Array
+from vlmexport.verify import metrics
+from vlmexport.verify.gates import Gate
+from vlmexport.verify.gguf.chat import Pair
+from vlmexport.verify.gguf.reference import FullReference
+from vlmexport.verify.result import LoweringSummary
+
+_IMAGE = -1
+_ANSWER_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class LoweringLimits:
+    """`embedding_rel`: largest difference over largest value; `kl`, `shipped_kl`: mean nats per token."""
+
+    embedding_rel: float
+    kl: float
+    shipped_kl: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What PyTorch says to one prompt, with the weights of the files.
+
+    `features`: float32 ``[image tokens, hidden]`` or None without pictures. `answer`: its greedy tokens. `logits`:
+    float32 ``[tail + answer - 1, vocab]`` behind the prompt's text after the last picture, and behind the answer.
+    """
+
+    pair: Pair
+    features: Array | None
+    answer: list[int]
+    logits: Array
+
+
+@dataclass
+class LoweringTotals:
+    """What all prompts together showed."""
+
+    max_abs_logit: float = 0.0
+    kl: list[float] = field(default_factory=list)
+    agreed: list[bool] = field(default_factory=list)
+
+    def summary(self) -> LoweringSummary:
+        """The three numbers of the report; None where nothing was measured."""
+        if not self.kl:
+            return LoweringSummary()
+        return LoweringSummary(self.max_abs_logit, float(np.mean(self.kl)), float(np.mean(self.agreed)))
+
+
+def expected(reference: FullReference, pairs: Sequence[Pair]) -> list[Expected]:
+    """Run PyTorch on every prompt; call it while the weights of the files are in the model."""
+    found = []
+    for pair in pairs:
+        prompt = pair.reference
+        features = reference.features(prompt) if pair.llama.image_tokens else None
+        answer = reference.answer(prompt, _ANSWER_TOKENS)
+        keep = len(pair.llama.tail) + len(answer) - 1
+        found.append(Expected(pair, features, answer, reference.logits(prompt, answer[:-1], keep)))
+    return found
+
+
+def check_lowering(
+    gate: Gate, runner: LlamaCppRunner, subjects: Sequence[Expected], limits: LoweringLimits, image_token_id: int
+) -> LoweringTotals:
+    """``vision_encoder/image_embeddings[probe]``, ``decoder/logits[probe]`` and ``decoder/greedy``.
+
+    `runner` is exact: an F32 cache and no flash attention.
+    """
+    totals = LoweringTotals()
+    parted: list[str] = []
+    for subject in subjects:
+        pair = subject.pair
+        if subject.features is not None:
+            name = f"vision_encoder/image_embeddings[{pair.name}]"
+            with gate.guard(name, "vision_encoder", "lowering"):
+                rows = _image_rows(runner.image_embeddings(pair.llama), pair, image_token_id, subject.features)
+                gate.close(name, "vision_encoder", "lowering", subject.features, rows, limits.embedding_rel)
+        name = f"decoder/logits[{pair.name}]"
+        with gate.guard(name, "decoder", "lowering"):
+            found = _logits(runner, subject)
+            if fault := metrics.output_fault(subject.logits, found):
+                gate.fail(name, "decoder", "lowering", fault)
+                continue
+            divergence = metrics.mean_kl(subject.logits, found)
+            gate.at_most(name, "decoder", "lowering", divergence, limits.kl, "nats per token")
+            largest = metrics.max_abs_difference(subject.logits, found)
+            totals.max_abs_logit = max(totals.max_abs_logit, largest)
+            if fault := _greedy_fault(runner, subject, largest):
+                parted.append(f"{pair.name}: {fault}")
+    if subjects:
+        gate.verdict("decoder/greedy", "decoder", "lowering", parted, "answers that differ")
+    return totals
+
+
+def check_shipped(
+    gate: Gate, runner: LlamaCppRunner, subjects: Sequence[Expected], limits: LoweringLimits, totals: LoweringTotals
+) -> None:
+    """``decoder/shipped_kl``: the same logits with the cache and the attention that llama.cpp's own tools use.
+
+    Adds to `totals`.
+    """
+    with gate.guard("decoder/shipped_kl", "decoder", "lowering"):
+        for subject in subjects:
+            found = _logits(runner, subject)
+            totals.kl += metrics.kl_per_token(subject.logits, found).tolist()
+            totals.agreed += (subject.logits.argmax(-1) == found.argmax(-1)).tolist()
+        if totals.kl:
+            mean = float(np.mean(totals.kl))
+            gate.at_most("decoder/shipped_kl", "decoder", "lowering", mean, limits.shipped_kl, "nats per token")
+
+
+def _logits(runner: LlamaCppRunner, subject: Expected) -> Array:
+    prompt = subject.pair.llama
+    first = runner.prompt_logits(prompt)
+    more = runner.forced(prompt, subject.answer)[1:]
+    return np.concatenate([first, more])
+
+
+def _image_rows(found: NDArray[np.float32], pair: Pair, image_token_id: int, wanted: Array) -> NDArray[np.float32]:
+    """The rows that stand for image tokens, and of those what enters the decoder below (deepstack follows it)."""
+    ids = pair.llama.ids
+    own = pair.reference.ids[ids == _IMAGE] == image_token_id
+    rows: NDArray[np.float32] = found[own] if len(own) == len(found) else found
+    return rows[:, : wanted.shape[1]]
+
+
+def _greedy_fault(runner: LlamaCppRunner, subject: Expected, largest: float) -> str:
+    """How the greedy answer, made token by token, parts from PyTorch's; a tie within the measured error is none."""
+    found = runner.greedy(subject.pair.llama, len(subject.answer))
+    wanted = subject.answer
+    same = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
+    if same is None:
+        return (
+            "" if len(found) == len(wanted) else f"it ends after {len(found)} tokens, the model's after {len(wanted)}"
+        )
+    row = subject.logits[len(subject.logits) - len(wanted) + same]
+    gap = float(row[wanted[same]] - row[found[same]])
+    if gap <= 2 * largest:
+        return ""
+    return f"token {same} is {found[same]}, the model's {wanted[same]} by a margin of {gap:.3g} logits"
