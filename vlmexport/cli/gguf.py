@@ -176,9 +176,11 @@ def print_result(result: GgufResult, console: Console) -> None:
     table.add_column("size", justify="right")
     for role, file in (("decoder", "text"), ("vision_encoder", "mmproj")):
         name = manifest.parts[role].file
-        what = f"{plan.arch}, {plan.options.quant}" if file == "text" else f"{plan.projector}, {plan.options.mmproj_type}"
+        what = (
+            f"{plan.arch}, {plan.options.quant}" if file == "text" else f"{plan.projector}, {plan.options.mmproj_type}"
+        )
         bits = plan.bits_per_weight("text" if file == "text" else "mmproj")
-        table.add_row(name, what, f"{bits:.2f}", bytes_text(manifest.files[name].bytes))
+        table.add_row(name, ", ".join(holds), f"{bits:.2f}", bytes_text(manifest.files[name].bytes))
     console.print(table)
     total = sum(f.bytes for f in manifest.files.values())
     console.print(f"Wrote [bold]{escape(str(result.artifact.path))}[/], {bytes_text(total)}.", soft_wrap=True)
@@ -186,7 +188,9 @@ def print_result(result: GgufResult, console: Console) -> None:
         console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
     text, mmproj = manifest.parts["decoder"].file, manifest.parts["vision_encoder"].file
     console.print(
-        f'Run it: llama-mtmd-cli -m {text} --mmproj {mmproj} --jinja --image FILE -p "..."', markup=False, soft_wrap=True
+        f'Run it: llama-mtmd-cli -m {text} --mmproj {mmproj} --jinja --image FILE -p "..."',
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmexport import api
+from vlmexport.cli.gguf import fallback_lines, gguf_choices
 from vlmexport.cli.options import FOLDER, calibration_options, lora_option, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, count_text, example
+from vlmexport.plan import layer_pattern
 from vlmexport.quantize.scheme import PER_CHANNEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from vlmexport.calibrate.recipe import CalibrationOptions
+    from vlmexport.gguf_options import GgufOptions, GgufPlan
     from vlmexport.plan import ExportPlan, OnnxOptions, WeightGroup, WeightPlan
 
 
@@ -69,6 +72,46 @@ def plan_onnx(
         )
     session.write_json(plan.to_dict())
     print_plan(plan, session.console())
+
+
+@command.command("gguf", epilog=example("vlmexport plan gguf --model demo --quant Q5_K_M"))
+@model_option
+@lora_option
+@gguf_choices
+@trust_option
+@common_options
+def plan_gguf(session: Session, model: str, lora: str | None, options: GgufOptions, trust_remote_code: bool) -> None:
+    """Show what `vlmexport gguf` with the same options would make of every weight of MODEL.
+
+    The table shows alike tensors of repeated blocks as one row; --json lists every tensor.
+    """
+    with session.progress() as progress:
+        plan = api.plan_gguf(model, options, progress=progress, lora=lora, trust_remote_code=trust_remote_code)
+    session.write_json(plan.to_dict())
+    print_gguf_plan(plan, session.console())
+
+
+def print_gguf_plan(plan: GgufPlan, console: Console) -> None:
+    """Both files, one block per type and reason with alike blocks collapsed, then sizes and fall-backs."""
+    for file in ("text", "mmproj"):
+        blocks: dict[tuple[str, str], dict[tuple[str, tuple[int, ...]], int]] = {}
+        for tensor in plan.of(file):
+            alike = blocks.setdefault((tensor.type, tensor.reason), {})
+            key = (layer_pattern(tensor.name), tensor.shape)
+            alike[key] = alike.get(key, 0) + 1
+        for (kind, reason), alike in blocks.items():
+            console.print(f"{file}: {kind} ({reason})", style="bold", markup=False, soft_wrap=True)
+            for (name, shape), count in alike.items():
+                times = f"{count} x " if count > 1 else ""
+                console.print(f"  {name}  {times}[{'x'.join(map(str, shape))}]", markup=False, soft_wrap=True)
+    for file, arch in (("text", plan.arch), ("mmproj", plan.projector)):
+        size = bytes_text(sum(t.bytes for t in plan.of("text" if file == "text" else "mmproj")))
+        bits = plan.bits_per_weight("text" if file == "text" else "mmproj")
+        console.print(f"{file} ({arch}): {size}, {bits:.2f} bits per weight", soft_wrap=True)
+    for line in fallback_lines(plan):
+        console.print(f"note: {line}", style="dim", markup=False, soft_wrap=True)
+    for name, reason in plan.unused.items():
+        console.print(f"not stored: {name} ({reason})", style="dim", markup=False, soft_wrap=True)
 
 
 def print_plan(plan: ExportPlan, console: Console) -> None:
