@@ -176,9 +176,7 @@ def print_result(result: GgufResult, console: Console) -> None:
     table.add_column("size", justify="right")
     for role, file in (("decoder", "text"), ("vision_encoder", "mmproj")):
         name = manifest.parts[role].file
-        what = (
-            f"{plan.arch}, {plan.options.quant}" if file == "text" else f"{plan.projector}, {plan.options.mmproj_type}"
-        )
+        holds = (plan.arch, plan.options.quant) if file == "text" else (plan.projector, plan.options.mmproj_type)
         bits = plan.bits_per_weight("text" if file == "text" else "mmproj")
         table.add_row(name, ", ".join(holds), f"{bits:.2f}", bytes_text(manifest.files[name].bytes))
     console.print(table)
