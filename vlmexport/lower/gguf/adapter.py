@@ -168,7 +168,5 @@ def _stored(name: str, tensor: torch.Tensor, kind: AdapterType) -> NDArray[Any]:
         return array
     half = array.astype(np.float16)
     if not np.isfinite(half).all():
-        raise BadInputError(
-            f"{name} has values up to {np.abs(array).max():.3g}, F16 holds 65504; choose --outtype f32"
-        )
+        raise BadInputError(f"{name} has values up to {np.abs(array).max():.3g}, F16 holds 65504; choose --outtype f32")
     return half
