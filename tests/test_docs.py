@@ -27,13 +27,15 @@ def documented_keys(command: str) -> set[str]:
     return {name for row in rows for name in re.findall(r"\w+", row)}
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan onnx", "doctor", "quantize", "sensitivity"])
+@pytest.mark.parametrize("command", ["inspect", "plan onnx", "plan gguf", "doctor", "gguf", "quantize", "sensitivity"])
 def test_every_json_key_is_documented(command: str, tiny_llava: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     arguments = {
         "inspect": [str(tiny_llava)],
         "plan onnx": ["--model", str(tiny_llava)],
+        "plan gguf": ["--model", str(tiny_llava)],
         "doctor": [],
+        "gguf": ["--model", str(tiny_llava), "--out", str(tmp_path / "g"), "--imatrix", "none", "--no-verify"],
         "quantize": ["--model", str(tiny_llava), "--out", str(tmp_path / "q"), "--quant", "rtn", "--no-verify"],
         "sensitivity": [str(tiny_llava), "--calibration-samples", "4"],
     }[command]
