@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 AdapterType = Literal["F32", "F16"]
 EMBEDDING = "token_embd.weight"
 _FILE_TYPES = {"F32": 0, "F16": 1}  # LLAMA_FTYPE_ALL_F32, LLAMA_FTYPE_MOSTLY_F16
+_F16_OVERFLOW = 65520  # rounds to infinity
 _MERGE = "merge the adapter into an export by --lora"
 
 
@@ -166,7 +167,7 @@ def _stored(name: str, tensor: torch.Tensor, kind: AdapterType) -> NDArray[Any]:
     array: NDArray[Any] = np.ascontiguousarray(tensor.numpy(), np.float32)
     if kind == "F32":
         return array
-    half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise BadInputError(f"{name} has values up to {np.abs(array).max():.3g}, F16 holds 65504; choose --outtype f32")
-    return half
+    largest = float(np.abs(array).max(initial=0))
+    if largest >= _F16_OVERFLOW:
+        raise BadInputError(f"{name} has values up to {largest:.3g}, F16 holds 65504; choose --outtype f32")
+    return array.astype(np.float16)
