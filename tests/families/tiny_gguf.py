@@ -106,6 +106,39 @@ def _settings(**own: Any) -> dict[str, Any]:
     return {"image_mean": HALF, "image_std": HALF, "do_rescale": True, "do_normalize": True, **own}
 
 
+def _idefics3(tokenizer: Any, text: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return _tiled(Idefics3Config, Idefics3ForConditionalGeneration, tokenizer, text)
+
+
+def _smolvlm(tokenizer: Any, text: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return _tiled(SmolVLMConfig, SmolVLMForConditionalGeneration, tokenizer, text)
+
+
+def _tiled(config_type: Any, model_type: Any, tokenizer: Any, text: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    tied = bool(text.get("tie_word_embeddings", False))
+    config = config_type(
+        text_config=_text("llama", text),
+        vision_config={**VISION, "hidden_act": "gelu_pytorch_tanh"},
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=tied,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tiles = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": True}
+    return model_type(config), _settings(**tiles, resample=1)
+
+
+def tiled_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
+    """Idefics3's tiles and whole view of a picture, ``[1, tiles, 3, 32, 32]``, by its own image processor."""
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    return Idefics3ImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
+
+
 def _llava(tower: str, tokenizer: Any, text: dict[str, Any], **own: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -180,8 +213,11 @@ def _internvl(tokenizer: Any, text: dict[str, Any]) -> tuple[Any, dict[str, Any]
     return InternVLForConditionalGeneration(config), settings
 
 
+_TILE_TOKENS = ["\n\n", "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))]
 _PIXTRAL_TOKENS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 FAMILIES: dict[str, tuple[list[str], Any]] = {
+    "idefics3": (_TILE_TOKENS, _idefics3),
+    "smolvlm": (_TILE_TOKENS, _smolvlm),
     "llava": ([], _llava_siglip),
     "llava_clip": ([], _llava_clip),
     "pixtral": (_PIXTRAL_TOKENS, _pixtral),
