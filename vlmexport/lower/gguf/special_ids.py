@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlmexport.lower.gguf.kinds import Kind
 from vlmexport.lower.gguf.tokenizer_files import TokenizerFiles
@@ -20,9 +20,9 @@ _KEYS = {
 # llama.cpp ends an answer at a token with one of these texts, whatever the metadata say (llama_vocab::impl::load).
 END_TEXTS = frozenset(
     (  # noqa: SIM905
-        "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-        "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> "  # noqa: RUF001
-        "[e~[ <|ifm|im_end|>"
+        "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
+        "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
+        "<｜end▁of▁sentence｜> [e~[ <|ifm|im_end|>"  # noqa: RUF001
     ).split()
 )
 # Keys of further end tokens, in the order in which they are filled.
@@ -43,7 +43,7 @@ def special_metadata(
     metadata["tokenizer.ggml.add_eos_token"] = after == [ids["eos"]]
     if kind.space_prefix is not None:
         metadata["tokenizer.ggml.add_space_prefix"] = kind.space_prefix
-    return metadata, (*notes, *_unusual_automatic(ids, before, after), *_missing_bos(files, ids["bos"]))
+    return metadata, (*notes, *_unusual_automatic(ids, before, after))
 
 
 def _find(files: TokenizerFiles, name: str, index: dict[str, int]) -> int | None:
@@ -93,7 +93,13 @@ def _unusual_automatic(ids: dict[str, int | None], before: list[int], after: lis
     return tuple(notes)
 
 
-def _missing_bos(files: TokenizerFiles, bos: int | None) -> tuple[str, ...]:
-    if bos is not None or "bos_token" not in (files.chat_template or ""):
-        return ()
-    return ("the chat template prints bos_token but the tokenizer has none; llama.cpp may print another token there",)
+def special_texts(metadata: Mapping[str, MetaValue]) -> dict[str, str]:
+    """``bos_token`` and ``eos_token`` as llama.cpp hands them to a chat template, its defaults included."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    defaults = (1, 2) if metadata["tokenizer.ggml.model"] == "llama" else (11, 11)
+    texts = {}
+    for name, default in zip(("bos_token", "eos_token"), defaults, strict=True):
+        index = metadata.get(f"tokenizer.ggml.{name}_id", default)
+        if isinstance(tokens, list) and isinstance(index, int) and index < len(tokens):
+            texts[name] = str(tokens[index])
+    return texts

@@ -50,16 +50,20 @@ class TemplateResult:
     reason: str
 
 
-def gguf_template(template: str, place: ImagePlace, special_tokens: Mapping[str, str]) -> TemplateResult:
+def gguf_template(
+    template: str, place: ImagePlace, special_tokens: Mapping[str, str], own: Mapping[str, str]
+) -> TemplateResult:
     """The template itself where llama.cpp renders it alike, else the first rewrite that it does render alike.
 
-    `special_tokens` are ``bos_token``, ``eos_token`` and whatever else transformers hands to the template.
+    `special_tokens` are ``bos_token``, ``eos_token`` and whatever else transformers hands to the template, `own` the
+    two that llama.cpp hands to it.
     """
-    difference = _difference(template, template, place, special_tokens)
+    check = _Check(template, place, special_tokens, own)
+    difference = check.difference(template)
     if not difference:
         return TemplateResult(template, changed=False, agrees=True, reason="")
-    for rewrite in _rewrites(template, place, special_tokens):
-        if not _difference(template, rewrite, place, special_tokens):
+    for rewrite in _rewrites(template, place, {**dict.fromkeys(own, ""), **special_tokens}, own):
+        if not check.difference(rewrite):
             reason = f"rewritten for llama.cpp, which gives images to the template as text: {difference}"
             return TemplateResult(rewrite, changed=True, agrees=True, reason=reason)
     return TemplateResult(template, changed=False, agrees=False, reason=f"no rewrite helps: {difference}")
@@ -82,38 +86,51 @@ def conversations() -> dict[str, Messages]:
     }
 
 
-def _difference(original: str, candidate: str, place: ImagePlace, special_tokens: Mapping[str, str]) -> str:
-    """The first conversation that `candidate` renders otherwise in llama.cpp; "" when there is none.
+@dataclass(frozen=True)
+class _Check:
+    """Both renderings of all conversations, of `original` in transformers and of a candidate in llama.cpp."""
 
-    A conversation that transformers itself refuses (no system role, say) is none to compare.
-    """
-    for name, messages in conversations().items():
-        try:
-            wanted = place.marked(hf_render(original, messages, special_tokens))
-        except (TemplateError, TypeError, ValueError):
-            continue
-        for handed in _as_clients_send(messages):
+    original: str
+    place: ImagePlace
+    special_tokens: Mapping[str, str]
+    own: Mapping[str, str]
+
+    def difference(self, candidate: str) -> str:
+        """The first conversation that llama.cpp renders otherwise; "" when there is none.
+
+        A conversation that transformers itself refuses (no system role, say) is none to compare.
+        """
+        for name, messages in conversations().items():
             try:
-                got = llama_render(candidate, handed, special_tokens)
-            except (TemplateError, TypeError, ValueError) as error:
-                return f"{name}: llama.cpp refuses it ({error})"
-            if got != wanted:
-                return f"{name}: transformers gives {_around(wanted, got)}, llama.cpp {_around(got, wanted)}"
-    return ""
+                wanted = self.place.marked(hf_render(self.original, messages, self.special_tokens))
+            except (TemplateError, TypeError, ValueError):
+                continue
+            for handed in _as_clients_send(messages):
+                try:
+                    got = llama_render(candidate, handed, self.own)
+                except (TemplateError, TypeError, ValueError) as error:
+                    return f"{name}: llama.cpp refuses it ({error})"
+                if got != wanted:
+                    return f"{name}: transformers gives {_around(wanted, got)}, llama.cpp {_around(got, wanted)}"
+        return ""
 
 
-def _rewrites(template: str, place: ImagePlace, special_tokens: Mapping[str, str]) -> Iterator[str]:
+def _rewrites(
+    template: str, place: ImagePlace, special_tokens: Mapping[str, str], own: Mapping[str, str]
+) -> Iterator[str]:
     """Known ways to write a template anew, gentlest first."""
     names = "".join(
         f"{{%- set {name} = {_literal(text)} -%}}"
         for name, text in special_tokens.items()
-        if name not in ("bos_token", "eos_token") and name in template
+        if name in template and own.get(name) != text
     )
+    if names:
+        yield f"{names}{{{{- '' }}}}{template}"
     for contents in (_STRINGS, _PARTS):
         yield _TO_PARTS.replace("@contents@", contents).replace("@names@", names) + template + _to_marker(place)
 
 
-# Messages whose content is a string with markers, or (a template that knows no strings gets those) a text part with them.
+# Messages with markers have a string; a template that knows no strings is handed one text part instead.
 _STRINGS = "message['content'] if message['content'] is string else ''"
 _PARTS = "message['content'][0]['text'] if message['content'] is not string and message['content'] else ''"
 

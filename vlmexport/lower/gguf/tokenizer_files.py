@@ -44,6 +44,13 @@ class TokenizerFiles:
         """The ``added_tokens`` entries in order of their ids."""
         return tuple(sorted(self.tokenizer.get("added_tokens") or (), key=lambda token: int(token["id"])))
 
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The named tokens (``bos_token``, ``image_token``...) that transformers hands to a chat template."""
+        named = {name for name in {**self.special, **self.config} if name.endswith("_token")}
+        texts = {name: self.special_token(name.removesuffix("_token")) for name in named}
+        return {name: text for name, text in texts.items() if text is not None}
+
     def special_token(self, kind: str) -> str | None:
         """The text of a named token (``bos``, ``eos``, ``pad``...), None where the tokenizer has none."""
         for source in (self.config, self.special):

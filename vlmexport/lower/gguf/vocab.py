@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.lower.gguf.kinds import Kind, choose_kind
 from vlmexport.lower.gguf.probe import probe
 from vlmexport.lower.gguf.sentencepiece import SPACE
-from vlmexport.lower.gguf.special_ids import special_metadata
+from vlmexport.lower.gguf.special_ids import special_metadata, special_texts
+from vlmexport.lower.gguf.template import ImagePlace, TemplateResult, gguf_template
 from vlmexport.lower.gguf.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from vlmexport.model.family import MetaValue
+from vlmexport.runtime.llamacpp.prompt import image_place, prompt_builder, written_around
 
 # Token types of llama.cpp (llama_token_type in llama.h).
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -29,13 +33,15 @@ class Vocabulary:
     """All ``tokenizer.*`` keys in writing order, and a text with the ids that Hugging Face gives for it.
 
     `probe_ids` are without automatic BOS/EOS; llama.cpp's ``llama_tokenize`` (parse_special) must equal them.
-    `notes` are known differences that no metadata can remove.
+    `template` says how the chat template was made to agree; None without a template. `notes` are known differences that
+    no metadata can remove.
     """
 
     metadata: dict[str, MetaValue]
     probe_text: str
     probe_ids: tuple[int, ...]
     notes: tuple[str, ...]
+    template: TemplateResult | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,26 @@ def read_vocabulary(folder: Path, arch: str, vocab_size: int) -> Vocabulary:
     if kind.merges is not None:
         metadata["tokenizer.ggml.merges"] = list(kind.merges)
     metadata |= special
-    if files.chat_template is not None:
-        metadata["tokenizer.chat_template"] = files.chat_template
+    template = _chat_template(files, special_texts(metadata))
+    template_notes = ()
+    if template is not None:
+        metadata["tokenizer.chat_template"] = template.text
+        template_notes = () if template.agrees else (f"chat template: {template.reason}",)
     text, ids = probe(files, kind)
-    return Vocabulary(metadata, text, ids, (*kind.notes, *_stripping_notes(files), *special_notes))
+    notes = (*kind.notes, *_stripping_notes(files), *special_notes, *template_notes)
+    return Vocabulary(metadata, text, ids, notes, template)
+
+
+def _chat_template(files: TokenizerFiles, own: Mapping[str, str]) -> TemplateResult | None:
+    """The template for llama.cpp, which hands it the special tokens `own`."""
+    if files.chat_template is None:
+        return None
+    builder = prompt_builder(files.folder)
+    try:
+        place = ImagePlace(image_place(builder), *written_around(builder.processor))
+    except (UnsupportedModelError, TemplateError) as error:
+        return TemplateResult(files.chat_template, changed=False, agrees=False, reason=str(error))
+    return gguf_template(files.chat_template, place, files.special_tokens, own)
 
 
 def _tokens(files: TokenizerFiles, kind: Kind, vocab_size: int) -> list[_Token]:

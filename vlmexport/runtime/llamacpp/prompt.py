@@ -62,7 +62,7 @@ def marked_prompt(builder: PromptBuilder, messages: str | list[dict[str, Any]], 
         raise BadInputError(
             f"the chat template writes {found} places {place!r} for {images} pictures; take it out of the question"
         )
-    before, after = _written_around(builder.processor)
+    before, after = written_around(builder.processor)
     return text.replace(place, before + marker + after)
 
 
@@ -101,7 +101,7 @@ def _difference(longer: Sequence[str], shorter: Sequence[str]) -> Sequence[str]:
     return longer[start : len(longer) - end]
 
 
-def _written_around(processor: Any) -> tuple[str, str]:
+def written_around(processor: Any) -> tuple[str, str]:
     """Text that the processor, not the template, writes before and after a picture (Gemma 3: two newlines)."""
     begin, end = getattr(processor, "boi_token", None), getattr(processor, "eoi_token", None)
     sequence = getattr(processor, "full_image_sequence", None)
