@@ -78,7 +78,8 @@ class GgufLimits(LossLimits):
     """The gate's limits for GGUF files.
 
     ``*_rel`` and ``*_kl`` as in `ParityLimits` (``lowering_kl`` with an F32 cache and no flash attention,
-    ``lowering_shipped_kl`` as llama.cpp's own tools run); those that end in ``_rounded`` are for files with
+    ``lowering_shipped_kl`` as llama.cpp's own tools run; ``image_prepared_rel`` where both sides may resize a picture
+    to slightly other pixels); those that end in ``_rounded`` are for files with
     tensors whose products llama.cpp makes with rounded activations (every type but F32 and F16). `weights`: by tensor
     type, the relative RMS error that rounding may leave in a whole tensor and in its worst block; `weights_importance`
     where an importance matrix gave up columns that matter little.
@@ -86,6 +87,8 @@ class GgufLimits(LossLimits):
 
     image_embedding_rel: float
     image_embedding_rel_rounded: float
+    image_prepared_rel: float
+    image_prepared_rel_rounded: float
     lowering_kl: float
     lowering_kl_rounded: float
     lowering_shipped_kl: float

@@ -94,7 +94,9 @@ def changed_source_files(manifest: Manifest, vlm: VLM) -> list[str]:
     made_with = manifest.source.get("lora")
     faults = _changed_files(manifest.source.get("files", {}), vlm.path)
     if (made_with is None) != (vlm.lora is None):
-        faults.append("the export was made " + ("without a LoRA adapter" if made_with is None else "with one"))
+        faults.append(
+            f"the export was made {'without' if made_with is None else 'with'} a LoRA adapter, the reference was not"
+        )
     elif made_with is not None and vlm.lora is not None:
         faults += _changed_files(made_with["files"], vlm.lora.path)
     return faults

@@ -42,6 +42,7 @@ _DRAWN_SMALL, _DRAWN = 60, 12
 _Named = tuple[tuple[str, str, Side], ...]
 _LOWERING: _Named = (
     ("vision_encoder/image_embeddings", "vision_encoder", "lowering"),
+    ("vision_encoder/encoder", "vision_encoder", "lowering"),
     ("decoder/logits", "decoder", "lowering"),
     ("decoder/greedy", "decoder", "lowering"),
     ("decoder/shipped_kl", "decoder", "lowering"),
@@ -286,6 +287,7 @@ def _lowering_limits(subject: _Subject) -> LoweringLimits:
     images, text = pair.is_rounded("mmproj"), pair.is_rounded("text")
     return LoweringLimits(
         limits.image_embedding_rel_rounded if images else limits.image_embedding_rel,
+        limits.image_prepared_rel_rounded if images else limits.image_prepared_rel,
         limits.lowering_kl_rounded if images or text else limits.lowering_kl,
         limits.lowering_shipped_kl_rounded if images or text else limits.lowering_shipped_kl,
     )
