@@ -18,7 +18,8 @@ PREFIX = "base_model.model."
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> Path:
     """`tensors` by module names without PEFT's prefix (``lm_head.lora_A.weight``); `config` as LoraConfig's keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({PREFIX + name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    stored = {PREFIX + name: t.clone().contiguous() for name, t in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
     known = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": ""}
     (folder / "adapter_config.json").write_text(json.dumps(known | config))
     return folder
