@@ -49,7 +49,8 @@ def export(folder: Path, out: Path, quant: str = "F16", mmproj_type: str = "F16"
 def prove(folder: Path, files: tuple[Path, Path], image: Image.Image, prompts: Sequence[str], inputs: Inputs) -> Proof:
     """Compare `files` with the checkpoint in `folder` on `prompts`, in which ``{image}`` is the picture's place."""
     vlm = load_vlm(str(folder))
-    model = vlm.model.float()
+    model = vlm.model
+    assert model.dtype == torch.float32
     errors, divergences, rows = [], [], 0
     with LlamaCppRunner(*files, threads=1, context=2048, exact=True) as runner:
         for text in prompts:

@@ -11,7 +11,15 @@ import torch
 
 from tests.families.tiny_gguf import FAMILIES, make_checkpoint
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.families import gguf_idefics3, gguf_internvl, gguf_llama, gguf_llava, gguf_pixtral
+from vlmexport.families import (
+    gguf_idefics3,
+    gguf_internvl,
+    gguf_llama,
+    gguf_llava,
+    gguf_pixtral,
+    gguf_text_module,
+    gguf_vision_module,
+)
 from vlmexport.families.gguf_common import llama3_factors, rope_metadata
 from vlmexport.families.gguf_vision import blocks_used
 from vlmexport.gguf_options import GgufOptions
@@ -247,3 +255,9 @@ def test_an_unknown_family_is_refused_by_name(models: dict[str, VLM]) -> None:
     other = VLM(vlm.source, vlm.path, config, vlm.model, vlm.facts)
     with pytest.raises(UnsupportedModelError, match="florence: no GGUF form of this text model is known"):
         family_halves(other, (), ())
+
+
+def test_llama4_is_refused_with_its_reason() -> None:
+    for refuse in (gguf_text_module("llama4_text").text, lambda *a: gguf_vision_module("llama4").vision(*a, {})):
+        with pytest.raises(UnsupportedModelError, match="column by column"):
+            refuse(None, ())
