@@ -239,6 +239,7 @@ def measure_sensitivity(
 def verify_artifact(
     path: Path,
     *,
+    mmproj: Path | None = None,
     model: str | None = None,
     samples: Path | None = None,
     progress: Progress | None = None,
@@ -247,10 +248,22 @@ def verify_artifact(
 ) -> ParityReport:
     """Judge the export in `path` against `model` and `lora` (default: the model and adapter it was made from).
 
+    `path` may be a text GGUF of any tool, with its vision half `mmproj`; then `model` has no default.
     `samples` is a JSONL file of the user's own questions (image path, question, accepted answers).
     """
     from vlmexport.verify.run import verify_artifact as run_gate
+    from vlmexport.verify.run import verify_files
 
+    if path.is_file() or mmproj is not None:
+        return verify_files(
+            path,
+            mmproj,
+            model=model,
+            lora=lora,
+            samples=samples,
+            progress=progress or SilentProgress(),
+            trust_remote_code=trust_remote_code,
+        )
     return run_gate(
         path,
         model=model,

@@ -9,7 +9,7 @@ import click
 
 from vlmexport import api
 from vlmexport.cli.onnx import print_and_judge
-from vlmexport.cli.options import artifact_argument, reference_lora_option, reference_option, trust_option
+from vlmexport.cli.options import reference_lora_option, reference_option, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import example
 from vlmexport.errors import NotPossibleHereError
@@ -21,10 +21,18 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(
-    epilog=example("vlmexport verify demo-int4", "vlmexport verify demo-int4 --junit gate.xml --html gate.html"),
+    epilog=example(
+        "vlmexport verify demo-int4",
+        "vlmexport verify demo-int4 --junit gate.xml --html gate.html",
+        "vlmexport verify model-Q4_K_M.gguf --mmproj mmproj-model-f16.gguf --model MODEL",
+    ),
     short_help="Prove an export equal to the model it was made from.",
 )
-@artifact_argument
+@click.argument("artifact", metavar="DIR|TEXT.gguf", type=click.Path(path_type=Path))
+@click.option(
+    "--mmproj", type=_FILE, default=None, metavar="FILE", show_default="the export's own",
+    help="The vision half that goes with TEXT.gguf.",
+)  # fmt: skip
 @reference_option
 @reference_lora_option
 @click.option(
@@ -41,6 +49,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 def command(
     session: Session,
     artifact: Path,
+    mmproj: Path | None,
     model: str | None,
     lora: str | None,
     samples: Path | None,
@@ -49,14 +58,20 @@ def command(
     allow_not_run: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Prove the export in DIR equal to the model it was made from.
+    """Prove the export in DIR, or a pair of GGUF files of any tool, equal to the model it was made from.
 
     Two questions are judged apart: the error of the lowering, and the loss of the quantization.
     Exit codes: 3 when a check failed, 4 when something asked for could not run.
     """
     with session.progress() as progress:
         report = api.verify_artifact(
-            artifact, model=model, lora=lora, samples=samples, progress=progress, trust_remote_code=trust_remote_code
+            artifact,
+            mmproj=mmproj,
+            model=model,
+            lora=lora,
+            samples=samples,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
         )
     session.write_json(report.to_dict())
     write_reports(report, junit, html)

@@ -147,6 +147,38 @@ def verify_artifact(
     )
 
 
+def verify_files(
+    text: Path,
+    mmproj: Path | None,
+    *,
+    model: str | None,
+    lora: str | None = None,
+    samples: Path | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> ParityReport:
+    """Judge a pair of GGUF files of any tool against `model`.
+
+    Raises `BadInputError` when they are not files, or when the vision half or the model is not given.
+    """
+    from vlmexport.verify.gguf.run import verify_gguf
+
+    if text.is_dir():
+        raise BadInputError(f"{text} is a folder, whose export names its own files; --mmproj goes with a GGUF file")
+    if mmproj is None or model is None:
+        missing = "--mmproj (its vision half)" if mmproj is None else "--model (what it was made from)"
+        raise BadInputError(f"{text} is a file; GGUF files are judged as a pair against a model: give {missing}")
+    return verify_gguf(
+        text,
+        mmproj,
+        model=model,
+        lora=lora,
+        samples=samples,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def _prepare(gate: Gate, artifact: Artifact, target: Target, threads: int) -> _Run:
     """Runners on the target's provider, or on the CPU with a check that says the provider was not there."""
     import onnxruntime

@@ -8,7 +8,16 @@ from html import escape
 from pathlib import Path
 
 from vlmexport.verify.report.svg import Bar, bars, line
-from vlmexport.verify.report.words import CheckGroup, compact, group_checks, part_label, percent, ratio, reference_name
+from vlmexport.verify.report.words import (
+    CheckGroup,
+    compact,
+    group_checks,
+    lowering_subject,
+    part_label,
+    percent,
+    ratio,
+    reference_name,
+)
 from vlmexport.verify.result import Check, ParityReport
 
 _STYLE = """
@@ -114,9 +123,7 @@ def _cards(report: ParityReport) -> str:
         ("accuracy on the questions", percent(quant.accuracy)),
         (f"accuracy of {against}", percent(quant.reference_accuracy)),
     ]
-    first = _card(
-        "Lowering error", report.status_of("lowering"), "The graphs against PyTorch with the same codes.", lowering
-    )
+    first = _card("Lowering error", report.status_of("lowering"), lowering_subject(report), lowering)
     text = f"The export as shipped against {against}."
     second = _card("Quantization loss", report.status_of("quantization"), text, quantization)
     return f"<div class=cards>{first}{second}</div>"

@@ -34,6 +34,13 @@ def reference_name(report: ParityReport) -> str:
     return "the quantized checkpoint" if report.runtime.get("reference_codes") else "the original"
 
 
+def lowering_subject(report: ParityReport) -> str:
+    """What the lowering error is the error of, as a sentence."""
+    if report.runtime.get("target") == "llamacpp":
+        return "llama.cpp against PyTorch with the weights that the files hold."
+    return "The graphs against PyTorch with the same codes."
+
+
 def part_label(part: str) -> str:
     """The part's name for the start of a sentence."""
     return _PART_LABELS.get(part, part)
