@@ -65,10 +65,10 @@ def choose_kind(tokenizer: Json, added: frozenset[str]) -> Kind:
     spacing = spm.find_spacing(normalizers, steps)
     if spacing is not None:
         return _sentencepiece(model, spacing, added)
-    return _byte_level(model, normalizers, steps)
+    return _byte_level(model, normalizers, steps, added)
 
 
-def _byte_level(model: Json, normalizers: tuple[str, ...], steps: tuple[str, ...]) -> Kind:
+def _byte_level(model: Json, normalizers: tuple[str, ...], steps: tuple[str, ...], added: frozenset[str]) -> Kind:
     notes = []
     if normalizers == ("NFC",):
         notes.append("Hugging Face brings text to NFC first, llama.cpp does not: ids differ for decomposed characters")
@@ -80,7 +80,7 @@ def _byte_level(model: Json, normalizers: tuple[str, ...], steps: tuple[str, ...
     pre = find_pre_tokenizer(steps, bool(model.get("ignore_merges")))
     if pre.caveat:
         notes.append(f"pre-tokenizer {pre.name}: {pre.caveat}")
-    notes.extend(_whole_words(model, pre))
+    notes.extend(_whole_words(model, pre, added))
     return Kind(
         model="gpt2",
         pre=pre.name,
@@ -91,12 +91,13 @@ def _byte_level(model: Json, normalizers: tuple[str, ...], steps: tuple[str, ...
     )
 
 
-def _whole_words(model: Json, pre: PreTokenizer) -> tuple[str, ...]:
+def _whole_words(model: Json, pre: PreTokenizer, added: frozenset[str]) -> tuple[str, ...]:
     """A note when llama.cpp takes whole words from the vocabulary and Hugging Face does not, or the other way round."""
     if bool(model.get("ignore_merges")) == pre.ignore_merges:
         return ()
     plain = BPE(vocab=model["vocab"], merges=_pairs(model["merges"]))
-    other = [text for text in model["vocab"] if len(text) > 1 and len(plain.tokenize(text)) > 1]
+    words = (text for text in model["vocab"] if len(text) > 1 and text not in added)
+    other = [word for word in words if len(plain.tokenize(word)) > 1]
     if not other:
         return ()
     shown = ", ".join(repr(text) for text in other[:4])
