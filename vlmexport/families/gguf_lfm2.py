@@ -100,8 +100,6 @@ def _inner_size(config: Any) -> int:
     if not config.block_auto_adjust_ff_dim:
         return size
     size = int(2 * size / 3)
-    if config.block_ffn_dim_multiplier is None:
-        return size
     multiple = int(config.block_multiple_of)
     return -(-int(config.block_ffn_dim_multiplier * size) // multiple) * multiple
 

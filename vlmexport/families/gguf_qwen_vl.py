@@ -171,6 +171,11 @@ def _window_pattern(encoder: Any) -> int:
             f"{encoder.model_type}: fullatt_block_indexes {full} of {encoder.depth} layers are not every n-th layer, "
             "as in llama.cpp"
         )
+    if pattern == 1:
+        raise UnsupportedModelError(
+            f"{encoder.model_type}: every layer attends to the whole picture (fullatt_block_indexes {full}), but "
+            "llama.cpp stops without a layer that has windows"
+        )
     return pattern
 
 
