@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from tests.bench.test_run import KEYS
 from tests.runtime.llamacpp.conftest import Files, make_export
 from tools.train_fixture.gguf_files import write_mmproj, write_text
-from vlmexport.bench.gguf import load_rounds, measure_answer, save_question
+from vlmexport.bench.gguf import Question, load_gguf, measure_answer, save_question, settle_threads
 from vlmexport.bench.run import bench_artifact
 from vlmexport.cli.main import run
 from vlmexport.demo import model_dir
@@ -65,18 +66,51 @@ def test_a_model_whose_processor_does_not_load_here_is_measured_alone(gguf_expor
     assert "the processor does not load" in report.settings["references"]
 
 
+def asking(runner: LlamaCppRunner) -> Question:
+    return Question(f"User:{runner.marker}What?", (Image.new("RGB", (64, 64), (200, 30, 40)),))
+
+
 def test_every_round_encodes_the_picture_and_decodes_all_tokens(runner: LlamaCppRunner) -> None:
-    picture = Image.new("RGB", (64, 64), (200, 30, 40))
-    rounds = [measure_answer(runner, f"User:{runner.marker}What?", [picture], 5) for _ in range(2)]
+    rounds = [measure_answer(runner, asking(runner), 5) for _ in range(2)]
     assert all(len(r.decode_ms) == 5 and r.image_ms > 0.05 and r.prefill_ms > 0 for r in rounds)
-    assert rounds[0].prompt_tokens == len(runner.prompt(f"User:{runner.marker}What?", [picture]).ids)
+    assert rounds[0].prompt_tokens == len(runner.prompt(asking(runner).text, asking(runner).pictures).ids)
 
 
 def test_the_context_holds_the_question_and_its_answer(gguf_export: Artifact, tmp_path: Path) -> None:
     save_question(gguf_export.path, "word " * 300, [Image.new("RGB", (64, 64))], tmp_path / "question")
-    measured = load_rounds(gguf_export.path, tmp_path / "question", 3, 1)()
+    measured = load_gguf(gguf_export.path, tmp_path / "question", 3, 1)()()
     assert measured.prompt_tokens > 256
     assert len(measured.decode_ms) == 3
+
+
+class Slow:
+    """A stand-in for a runner whose answers take `ms` each."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms = ms
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(("together", "single", "kept"), [(9.0, 4.0, 1), (4.0, 9.0, 2)])
+def test_the_faster_number_of_threads_is_kept(
+    monkeypatch: pytest.MonkeyPatch, together: float, single: float, kept: int
+) -> None:
+    pace = {2: together, 1: single}
+    made: list[tuple[int, Slow]] = [(2, Slow(together))]
+    monkeypatch.setattr("vlmexport.bench.gguf._pace", lambda runner, question: runner.ms)
+
+    def opened(threads: int) -> Any:
+        assert all(runner.closed for _, runner in made), "one runner at a time"
+        made.append((threads, Slow(pace[threads])))
+        return made[-1][1]
+
+    best: Any = settle_threads(made[0][1], opened, Question("", ()), 2)  # type: ignore[arg-type]
+    assert best is made[-1][1]
+    assert made[-1][0] == kept
+    assert not best.closed
 
 
 def test_a_damaged_half_is_named_by_its_worker(gguf_export: Artifact, tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ def bench_artifact(
     """Measure the export in `path` and, in the same run, PyTorch with `model` (default: what it was made from).
 
     `images` default to a drawn picture. Each contender answers the prompt with `tokens` decode steps, once to warm up
-    and `rounds` times for the record, taking turns. `threads` 0 = all that this process may use; PyTorch gets one
-    instead where that is faster for it. When `model` is not given and the original is gone, there are no references
-    and ``settings["references"]`` says why.
+    and `rounds` times for the record, taking turns. `threads` 0 = all that this process may use; PyTorch and llama.cpp
+    get one instead where that is faster for them. When `model` is not given and the original is gone, there are no
+    references and ``settings["references"]`` says why.
     """
     artifact = open_artifact(path)
     threads = threads or usable_cores()

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from vlmexport.bench.gguf import load_rounds
+from vlmexport.bench.gguf import load_gguf
 from vlmexport.bench.memory import read_memory
 from vlmexport.bench.timing import Round, measure_round
 from vlmexport.errors import VlmExportError
@@ -83,8 +83,7 @@ def _artifact(contender: Contender) -> Ready:
 
 
 def _gguf(contender: Contender) -> Ready:
-    measure = load_rounds(Path(contender.path), Path(contender.inputs), contender.tokens, contender.threads)
-    return lambda: measure
+    return load_gguf(Path(contender.path), Path(contender.inputs), contender.tokens, contender.threads)
 
 
 def _pytorch(contender: Contender) -> Ready:

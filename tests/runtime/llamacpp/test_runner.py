@@ -129,6 +129,16 @@ def test_an_answer_is_the_same_in_one_batch_and_in_many(gguf: Files, builder: Pr
     assert divergence(whole, parts) <= 1e-9
 
 
+def test_many_logits_come_in_several_batches(
+    runner: LlamaCppRunner, reference: Reference, builder: PromptBuilder
+) -> None:
+    text = "Is 42 + 17 = 59? " * 12
+    inputs, prompt = reference.inputs([], text), prompt_of(runner, builder, [], text)
+    given = runner.prompt_logits(prompt)
+    assert len(given) == len(prompt.ids) > 128
+    assert divergence(reference.logits(inputs, []), given) <= 1e-5
+
+
 def test_pictures_are_encoded_once(
     runner: LlamaCppRunner, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_init_from_model": (c_void_p, (c_void_p, ContextParams)),
     "llama_free": (None, (c_void_p,)),
     "llama_n_ctx": (c_uint32, (c_void_p,)),
+    "llama_n_batch": (c_uint32, (c_void_p,)),
+    "llama_n_ubatch": (c_uint32, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),

@@ -15,25 +15,28 @@ from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, llam
 from vlmexport.runtime.llamacpp.chunks import ImageChunk
 from vlmexport.runtime.protocol import PartOutputError
 
-_MICRO_BATCH = 512
+MICRO_BATCH = 512  # llama.cpp's own default
 _NO_ROOM = 1
+# Rows of logits that one batch may give: the buffer for them is as many times the vocabulary.
+_MOST_OUTPUTS = 64
 
 
 class LlamaDecoder:
     """A running decoder; `position` is that of the next token, `used` counts the rows in the cache.
 
-    `model`: llama.cpp's model; `context`: rows of the cache; `kv_type`: ggml type of the cache; `whole_images`: the
-    model looks at a picture in both directions, so that a picture must fit into one micro batch.
+    `model`: llama.cpp's model; `context`: rows of the cache; `kv_type`: ggml type of the cache; `micro_batch`: tokens
+    that are computed at once.
     """
 
     def __init__(
-        self, model: Any, context: int, *, threads: int, kv_type: str, flash_attention: bool, whole_images: bool
+        self, model: Any, context: int, *, threads: int, kv_type: str, flash_attention: bool, micro_batch: int
     ) -> None:
         library = llama()
         params = library.llama_context_default_params()
         params.n_ctx = context
-        params.n_ubatch = context if whole_images else _MICRO_BATCH
-        params.n_batch = max(params.n_batch, params.n_ubatch)
+        params.n_ubatch = micro_batch
+        params.n_batch = max(params.n_batch, micro_batch)
+        params.n_outputs_max = _MOST_OUTPUTS
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = ggml_type(kv_type).id
         params.flash_attn_type = FLASH_AUTO if flash_attention else FLASH_OFF
@@ -42,8 +45,8 @@ class LlamaDecoder:
         if not self._pointer:
             raise BadInputError(f"llama.cpp makes no context of {context} tokens: {LOG.message()}")
         self._vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-        self._whole_images = whole_images
-        self._batch = min(params.n_batch, context)
+        self._batch = int(library.llama_n_batch(self._pointer))
+        self.micro_batch = int(library.llama_n_ubatch(self._pointer))
         self.context = int(library.llama_n_ctx(self._pointer))
         self.position = 0
         self.used = 0
@@ -69,23 +72,26 @@ class LlamaDecoder:
     def text(self, ids: list[int], outputs: int) -> NDArray[np.float32]:
         """Decode text tokens; the logits ``[outputs, vocab]`` behind the last `outputs` of them."""
         rows: list[NDArray[np.float32]] = [np.empty((0, self._vocab_size), np.float32)]
-        for start in range(0, len(ids), self._batch):
-            part = ids[start : start + self._batch]
-            wanted = min(len(part), max(0, outputs - (len(ids) - start - len(part))))
-            rows.append(self._batch_of(part, wanted))
+        first = len(ids) - outputs
+        start = 0
+        while start < len(ids):
+            end = min(len(ids), start + self._batch, max(first, start) + _MOST_OUTPUTS)
+            rows.append(self._batch_of(ids[start:end], max(0, end - max(first, start))))
+            start = end
         return np.concatenate(rows)
 
     def image(self, vision: Any, chunk: ImageChunk, embeddings: NDArray[np.float32]) -> None:
-        """Decode one encoded picture, at the positions and with the mask that the mtmd context `vision` asks for."""
-        size = self._batch
-        if self._whole_images and chunk.tokens > size:
-            raise BadInputError(f"a picture of {chunk.tokens} tokens does not fit into a context of {self.context}")
+        """Decode one encoded picture, at the positions and with the mask that the mtmd context `vision` asks for.
+
+        Where the model looks at a picture in both directions, the picture must fit into one micro batch: llama.cpp
+        ends the process otherwise.
+        """
         values = np.ascontiguousarray(embeddings, np.float32)
         after = c_int32(self.position)
         LOG.clear()
         code = llama().mtmd_helper_decode_image_chunk(
             vision, self._pointer, chunk.pointer, values.ctypes.data_as(POINTER(c_float)),
-            self.position, 0, size, ctypes.byref(after), None, None,
+            self.position, 0, self._batch, ctypes.byref(after), None, None,
         )  # fmt: skip
         self._check(code, chunk.tokens)
         self.position, self.used = after.value, self.used + chunk.tokens

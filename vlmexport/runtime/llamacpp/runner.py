@@ -18,7 +18,7 @@ from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.runtime.generate import Timings
 from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, MARKER, llama
 from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt, TextChunk, cut, encode
-from vlmexport.runtime.llamacpp.decoder import LlamaDecoder
+from vlmexport.runtime.llamacpp.decoder import MICRO_BATCH, LlamaDecoder
 from vlmexport.runtime.sampling import Sampling, choose
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class LlamaCppRunner:
         self._kv_type = "f32" if exact else kv_type
         self._flash = flash_attention and not exact
         self._context = context
+        self._micro_batch = MICRO_BATCH
         self._model = self._vision = self._adapter = None
         self._decoder: LlamaDecoder | None = None
         try:
@@ -83,13 +84,12 @@ class LlamaCppRunner:
 
     def close(self) -> None:
         """Free the model and its cache; may be called again."""
-        if self._decoder is not None:
-            self._decoder.close()
+        self._drop_decoder()
         if self._vision:
             self._library.mtmd_free(self._vision)
         if self._model:
             self._library.llama_model_free(self._model)  # its adapters with it
-        self._decoder = self._vision = self._model = self._adapter = None
+        self._vision = self._model = self._adapter = None
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -118,9 +118,7 @@ class LlamaCppRunner:
         if tokens <= self._context:
             return
         self._context = tokens
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
+        self._drop_decoder()
 
     def prepare(self) -> None:
         """Make the context now, and not at the first decoding."""
@@ -244,6 +242,7 @@ class LlamaCppRunner:
         """The decoder with all of the prompt but its tail in an otherwise empty cache, with room for `more` tokens."""
         if not prompt.tail:
             raise BadInputError("the prompt must end with text, for the answer continues behind a text token")
+        self._fit(prompt)
         self.prepare()
         decoder = self._decoder
         assert decoder is not None
@@ -261,19 +260,30 @@ class LlamaCppRunner:
                 decoder.text(list(chunk.ids), 0)
         return decoder
 
+    def _fit(self, prompt: LlamaPrompt) -> None:
+        """Make the micro batch hold each picture whole where the model looks at pictures in both directions."""
+        largest = max((chunk.tokens for chunk in prompt.images), default=0)
+        if largest > self._micro_batch and self._library.mtmd_decode_use_non_causal(self._vision, None):
+            self._micro_batch = largest
+            self._drop_decoder()
+
     def _make_decoder(self) -> LlamaDecoder:
-        whole = bool(self._vision) and self._library.mtmd_decode_use_non_causal(self._vision, None)
         decoder = LlamaDecoder(
             self._model,
             self._context,
             threads=self._threads,
             kv_type=self._kv_type,
             flash_attention=self._flash,
-            whole_images=whole,
+            micro_batch=self._micro_batch,
         )
         if self._adapter:
             decoder.set_lora(self._adapter)
         return decoder
+
+    def _drop_decoder(self) -> None:
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = None
 
     def _adds_special(self, text: str) -> bool:
         begin = self._library.llama_vocab_bos(self._vocab)
