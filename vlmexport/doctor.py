@@ -22,11 +22,11 @@ _CPU_FLAGS = {
     "amx_bf16": "BF16 matrix unit",
     "asimddp": "fast INT8 products (Arm)",
 }
-_CORE = ("torch", "transformers", "onnx", "onnxruntime", "safetensors", "numpy", "pillow")
+_CORE = ("torch", "transformers", "onnx", "onnxruntime", "safetensors", "numpy", "pillow", "gguf")
 # extra: (a module that comes with it, what it is for)
 _EXTRAS = {
     "gpu": ("onnxruntime", "ONNX Runtime on NVIDIA GPUs"),
-    "gguf": ("gguf", "reading and writing GGUF files"),
+    "gguf": ("xllamacpp", "llama.cpp: K-quants, and the proof of GGUF exports"),
     "dev": ("pytest", "tests and checks"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +29,8 @@ _NOT_COPIED = (
     "quantize_config.json", "quant_config.json", "vlmexport_quantization.json",
     "quantization_plan.json",
 )  # fmt: skip
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
+_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "gguf")
+_OPTIONAL_TOOLS = ("xllamacpp",)
 
 
 def package(
@@ -78,7 +80,8 @@ def _drop_quantization_config(config: Path) -> None:
 
 def tool_versions() -> dict[str, str]:
     """Versions of vlmexport and of what it works with."""
-    return {"vlmexport": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
+    installed = [name for name in _OPTIONAL_TOOLS if importlib.util.find_spec(name) is not None]
+    return {"vlmexport": __version__, **{name: importlib.metadata.version(name) for name in (*_TOOLS, *installed)}}
 
 
 def source_facts(vlm: VLM) -> dict[str, Any]:
