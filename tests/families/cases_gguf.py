@@ -1,4 +1,4 @@
-"""The cases that are proved in llama.cpp: a family, the size of a picture that needs no resizing, its text config."""
+"""The cases that are proved in llama.cpp: a family, a picture's size, its text config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.families.gguf_proof import Inputs, Proof, export, prove, with_pixels
-from tests.families.tiny_gguf import make_checkpoint, normalised, picture, tiled_pixels
+from tests.families.tiny_gguf import make_checkpoint, normalised, picture, stretched_pixels, tiled_pixels
 
 PROMPTS = (
     "<|im_start|>User:{image} what is in the picture?<end_of_utterance>\nAssistant:",
@@ -52,8 +52,8 @@ CASES = (
     Case("idefics3", 64, 64),
     Case("idefics3", 50, 38, {"tie_word_embeddings": True}),
     Case("smolvlm", 64, 32),
-    Case("llava"),
-    Case("llava", text={"text_type": "mistral", "sliding_window": None}),
+    Case("llava", 100, 60),
+    Case("llava", 48, 64, {"text_type": "mistral", "sliding_window": None}),
     Case("llava", text={"text_type": "qwen2"}),
     Case("llava", text={"text_type": "qwen3", "head_dim": 48}),
     Case("llava", text={"rope_parameters": LLAMA3, **BIASES}, prompts=(*PROMPTS, LONG_PROMPT)),
@@ -81,13 +81,13 @@ def inputs_of(case: Case, checkpoint: Path) -> Inputs:
     """How the PyTorch model of `case` takes a picture."""
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    if case.family in ("idefics3", "smolvlm"):
-        image_token = tokenizer.convert_tokens_to_ids("<image>")
-        return lambda image, count: ({"pixel_values": tiled_pixels(image, settings)}, [image_token] * count)
     if case.family in _PATCH:
         return _rows_of_patches(case, settings, tokenizer)
-    name = "<IMG_CONTEXT>" if case.family == "internvl" else "<image>"
-    return with_pixels(settings, tokenizer.convert_tokens_to_ids(name))
+    if case.family == "internvl":
+        return with_pixels(settings, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    prepare = stretched_pixels if case.family == "llava" else tiled_pixels
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    return lambda image, count: ({"pixel_values": prepare(image, settings)}, [image_token] * count)
 
 
 _PATCH = {"pixtral": ("<image>", 8), "mistral3": ("[IMG]", 16), "ministral3": ("[IMG]", 16)}

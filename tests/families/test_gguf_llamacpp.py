@@ -73,7 +73,12 @@ def _other_row(half: GgufHalf) -> GgufHalf:
     return dataclasses.replace(half, borrowed=(dataclasses.replace(rule, transform=Transform("row", (7 + 100,))),))
 
 
-BY_FAMILY: dict[str, Case] = {case.family: case for case in CASES}
+def _padded(half: GgufHalf) -> GgufHalf:
+    kept = {key: value for key, value in half.metadata.items() if not key.endswith("image_grid_pinpoints")}
+    return dataclasses.replace(half, metadata=kept)
+
+
+BY_FAMILY: dict[str, Case] = {case.family: case for case in reversed(CASES)}
 LLAMA3 = next(case for case in CASES if case.text.get("rope_parameters", {}).get("rope_type") == "llama3")
 FAULTS = {
     "queries not permuted": (BY_FAMILY["smolvlm"], gguf_llama, "text", _as_it_stands("q_proj")),
@@ -83,6 +88,7 @@ FAULTS = {
     "Llama 3 factors left out": (LLAMA3, gguf_llama, "text", _without_computed),
     "another rotary base": (BY_FAMILY["smolvlm"], gguf_llama, "text", _with(llama__rope__freq_base=20000.0)),
     "one block less": (BY_FAMILY["llava"], gguf_llava, "vision", _with(clip__vision__feature_layer=[1])),
+    "padded where SigLIP stretches": (BY_FAMILY["llava"], gguf_llava, "vision", _padded),
     "Pixtral not permuted": (BY_FAMILY["pixtral"], gguf_pixtral, "vision", _as_it_stands("q_proj")),
     "another break token": (BY_FAMILY["mistral3"], gguf_pixtral, "vision", _other_row),
     "position table as it stands": (BY_FAMILY["internvl"], gguf_internvl, "vision", _as_it_stands("embeddings")),

@@ -139,6 +139,13 @@ def tiled_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
     return Idefics3ImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
 
 
+def stretched_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
+    """The picture as SigLIP's own image processor makes it square, ``[1, 3, 32, 32]``."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
+
+
 def _llava(tower: str, tokenizer: Any, text: dict[str, Any], **own: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 

@@ -44,6 +44,7 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
         **vision_metadata(config, "mlp"),
         **pixel_statistics(preprocessor, config.model_type),
         **_activation(encoder),
+        **_stretching(preprocessor),
         "clip.vision.attention.layer_norm_epsilon": float(encoder.layer_norm_eps),
         "clip.vision.block_count": blocks_used(config),
         # Without this key llama.cpp leaves the last block out once more.
@@ -78,6 +79,16 @@ def _activation(encoder: Any) -> dict[str, MetaValue]:
     if encoder.hidden_act == "quick_gelu":
         return {}
     return {"clip.use_silu" if encoder.hidden_act in ("silu", "swish") else "clip.use_gelu": True}
+
+
+def _stretching(preprocessor: Mapping[str, Any]) -> dict[str, MetaValue]:
+    """The key that makes llama.cpp resize to a square as SigLIP's processor does, whatever the picture's shape.
+
+    By itself ``mlp`` keeps the shape and pads. With candidates for a grid of tiles the whole view is stretched; the one
+    of no size never wins, so that there are no tiles.
+    """
+    size = preprocessor.get("size") or {}
+    return {"clip.vision.image_grid_pinpoints": [0, 0]} if "height" in size and "width" in size else {}
 
 
 def _zero_biases(config: Any, names: Sequence[str]) -> dict[str, list[float]]:
