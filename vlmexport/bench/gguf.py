@@ -68,9 +68,10 @@ def load_gguf(export: Path, question: Path, tokens: int, threads: int) -> Callab
 
 def open_for(export: Path, question: Question, tokens: int, threads: int) -> LlamaCppRunner:
     """llama.cpp with a context that just holds the question and `tokens` answer tokens, ready to decode."""
-    from vlmexport.runtime.llamacpp.export import open_runner
+    from vlmexport.runtime.llamacpp.export import SMALLEST_CONTEXT, open_runner
 
-    runner = open_runner(open_artifact(export, check_hashes=False), threads=threads)
+    artifact = open_artifact(export, check_hashes=False)
+    runner = open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT)
     runner.reserve(len(runner.prompt(question.text, question.pictures).ids) + tokens + 1)
     runner.prepare()
     return runner

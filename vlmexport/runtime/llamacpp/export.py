@@ -21,8 +21,8 @@ VISION_PART = "vision_encoder"
 SMALLEST_CONTEXT = 256  # llama.cpp rounds up to multiples of it
 
 
-def open_runner(artifact: Artifact, *, threads: int = 0, context: int = SMALLEST_CONTEXT) -> LlamaCppRunner:
-    """llama.cpp with the two files of a ``gguf`` export; its ``reserve`` makes room for what a prompt needs."""
+def open_runner(artifact: Artifact, *, threads: int = 0, context: int = 4096) -> LlamaCppRunner:
+    """llama.cpp with the two files of a ``gguf`` export; `SMALLEST_CONTEXT` for who knows what to ``reserve``."""
     text, vision = artifact.part_path(TEXT_PART), artifact.part_path(VISION_PART)
     return LlamaCppRunner(text, vision, threads=threads, context=context)
 
@@ -39,7 +39,7 @@ def answer_gguf(
     """Answer `prompt` about `images` by llama.cpp; `on_text` gets the text piece by piece."""
     pictures = [load_image(path) for path in images]
     builder = prompt_builder(artifact.path)
-    with open_runner(artifact, threads=threads) as runner:
+    with open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT) as runner:
         cut = runner.prompt(marked_prompt(builder, prompt, len(pictures), runner.marker), pictures)
         runner.reserve(len(cut.ids) + sampling.max_new_tokens)
         timings = Timings(load_ms=runner.load_ms)
