@@ -1,0 +1,250 @@
+"""The gate on real exports of the bundled model: sound ones are green, every kind of damage is red by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.verify.gguf import mutate
+from vlmexport import demo, gguf_pipeline
+from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
+from vlmexport.gguf_options import GgufOptions
+from vlmexport.progress import SilentProgress
+from vlmexport.quantize.scheme import QuantScheme
+from vlmexport.verify.gguf import run
+from vlmexport.verify.gguf.run import verify_gguf
+from vlmexport.verify.run import verify_artifact, verify_files
+
+pytestmark = pytest.mark.slow
+
+
+def write(model, out, **options):
+    """An export that is not yet judged."""
+    asked = GgufOptions(**{"imatrix": "none", **options})
+    gguf_pipeline.export_gguf(str(model), out, asked, force=False, verify=False, progress=SilentProgress())
+    return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gguf-gate")
+
+
+@pytest.fixture(scope="module")
+def q4_0(folder):
+    return write("demo", folder / "q4_0", quant="Q4_0")
+
+
+@pytest.fixture(scope="module")
+def q4_k_m(folder):
+    return write("demo", folder / "q4_k_m", quant="Q4_K_M")
+
+
+@pytest.fixture(scope="module")
+def codes(folder):
+    scheme = QuantScheme(bits=4, group_size=32, symmetric=False, scale_bits=7)
+    return write("demo", folder / "codes", quant="Q4_1", scheme=scheme)
+
+
+@pytest.fixture(scope="module")
+def few(folder):
+    """Three questions of the bundled model: the damage shows before any answer."""
+    lines = [json.loads(line) for line in demo.questions_file().read_text().splitlines()[:3]]
+    for line in lines:
+        line["image"] = str(demo.questions_file().parent / line["image"])
+    file = folder / "few.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def failures(report):
+    return {c.name: c for c in report.failures()}
+
+
+def test_a_sound_k_quant_passes(q4_k_m, few):
+    report = verify_artifact(q4_k_m, samples=few)
+    assert report.status == "passed", [(c.name, c.reason) for c in report.checks if c.status != "passed"]
+    assert report.not_run() == ()
+    assert 0 < report.lowering.kl < 1e-2
+    assert report.quantization.accuracy == 1.0
+    names = {c.name.partition("[")[0] for c in report.checks}
+    assert names >= {
+        "gguf/architecture", "gguf/tensors", "gguf/accounted", "gguf/values", "gguf/pairing", "model/source",
+        "tokenizer/image_tokens", "tokenizer/ids", "gguf/chat_template", "processor/prompt_ids", "gguf/image_splitting",
+        "vision_encoder/image_embeddings", "vision_encoder/encoder", "decoder/logits", "decoder/greedy",
+        "decoder/shipped_kl", "quantization/kl", "quantization/top1", "quantization/perplexity_ratio",
+        "quantization/accuracy",
+    }  # fmt: skip
+
+
+def test_sound_codes_pass_and_have_a_check_of_their_own(codes, few):
+    report = verify_artifact(codes, samples=few)
+    assert report.status == "passed", failures(report)
+    assert "codes/all" in {c.name for c in report.checks}
+
+
+@pytest.mark.parametrize(
+    ("damage", "part", "check", "reason"),
+    [
+        (mutate.doubled_scale, "decoder", "gguf/values[text]", "blk.1.attn_output.weight: relative RMS error"),
+        (mutate.swapped_layers, "decoder", "gguf/values[text]", "blk.0.attn_k.weight: relative RMS error"),
+        (mutate.wrong_norm, "decoder", "gguf/values[text]", "blk.2.ffn_norm.weight: 1 of 256 values"),
+        (mutate.wrong_position, "vision_encoder", "gguf/values[mmproj]", "v.position_embd.weight"),
+        (mutate.dropped_tensor, "decoder", "gguf/tensors[text]", "output_norm.weight is missing"),
+        (mutate.wrong_normalisation, "vision_encoder", "vision_encoder/encoder", ""),
+        (mutate.wrong_rope, "decoder", "decoder/logits[wide]", ""),
+        (mutate.other_merges, "processor", "tokenizer/ids", "llama.cpp has"),
+        (mutate.missing_token, "processor", "tokenizer/image_tokens", r"'\n\n' is not one token"),
+        (mutate.other_template, "processor", "gguf/chat_template[server]", "llama-server, square: "),
+        (mutate.other_template, "processor", "gguf/chat_template[cli]", "llama-mtmd-cli, square: "),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or (value if "/" in str(value) else ""),
+)
+def test_damage_is_seen_and_named(q4_0, few, tmp_path, damage, part, check, reason):
+    report = verify_artifact(mutate.damaged(q4_0, tmp_path / "export", damage), samples=few)
+    found = failures(report)
+    assert report.status == "failed"
+    assert check in found, f"{check} is not among {sorted(found)}"
+    assert found[check].part == part
+    assert reason in found[check].reason
+    assert "gguf/pairing" not in found
+
+
+def test_a_doubled_scale_of_codes_names_the_weight(codes, few, tmp_path):
+    report = verify_artifact(mutate.damaged(codes, tmp_path / "export", mutate.doubled_scale), samples=few)
+    check = failures(report)["codes/all"]
+    assert check.value == 1.0
+    assert "layers.1.self_attn.o_proj.weight" in check.reason
+
+
+def test_a_text_of_another_fine_tune_is_not_of_this_model(folder, q4_0, few):
+    """Noise of a hundredth of their size in the query and value matrices, as an adapter leaves it."""
+    tuned = folder / "tuned"
+    shutil.copytree(demo.model_dir(), tuned)
+    weights = load_file(tuned / "model.safetensors")
+    torch.manual_seed(0)
+    for name, weight in weights.items():
+        if "text_model" in name and ("q_proj" in name or "v_proj" in name):
+            weights[name] = (weight + 0.01 * weight.float().std() * torch.randn(weight.shape)).to(weight.dtype)
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    other = write(tuned, folder / "tuned-q4_0", quant="Q4_0")
+    report = verify_files(mutate.files_of(other)[0], mutate.files_of(q4_0)[1], model="demo", samples=few)
+    found = failures(report)
+    assert "is of another model: 8 of " in found["gguf/pairing"].reason
+    assert "not in the order of the model's" in found["gguf/values[text]"].reason
+    report = verify_artifact(q4_0, model=str(tuned), samples=few)
+    assert {"model/source", "gguf/pairing"} <= failures(report).keys()
+
+
+def test_halves_of_different_models(tiny_idefics3, folder, q4_0, few):
+    other = write(tiny_idefics3, folder / "tiny", quant="F16")
+    text, mmproj = mutate.files_of(q4_0)[0], mutate.files_of(other)[1]
+    found = failures(verify_files(text, mmproj, model="demo", samples=few))
+    assert "they are halves of different models" in found["gguf/architecture"].reason
+    assert "runtime/load" in found
+    found = failures(verify_files(mmproj, text, model="demo", samples=few))
+    assert "is a vision half" in found["gguf/architecture"].reason
+
+
+def test_a_model_that_does_not_split_images_is_told_that_llama_cpp_does(folder, q4_0, few):
+    whole = folder / "whole-images"
+    shutil.copytree(demo.model_dir(), whole)
+    file = whole / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"]["do_image_splitting"] = False
+    file.write_text(json.dumps(config))
+    report = verify_files(*mutate.files_of(q4_0), model=str(whole), samples=few)
+    check = failures(report)["gguf/image_splitting"]
+    assert "do_image_splitting is false" in check.reason
+    assert "square" in check.reason
+    assert {"quantization/answers", "processor/prompt_ids[square]"} <= failures(report).keys()
+
+
+def test_a_vocabulary_without_the_tokens_around_images(tiny_idefics3, folder):
+    """The tiny model's tokenizer has no token for two line feeds."""
+    report = verify_files(*mutate.files_of(folder / "tiny"), model=str(tiny_idefics3))
+    assert r"'\n\n' is not one token" in failures(report)["tokenizer/image_tokens"].reason
+
+
+def test_a_changed_file_is_refused(q4_0, tmp_path):
+    copy = mutate.damaged(q4_0, tmp_path / "export", lambda text, mmproj: None)
+    mutate.doubled_scale(*mutate.files_of(copy))
+    with pytest.raises(ArtifactError, match=r"gguf was changed"):
+        verify_artifact(copy)
+
+
+def test_a_truncated_file_is_no_gguf(q4_0, tmp_path):
+    text, mmproj = mutate.files_of(q4_0)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(text.read_bytes()[:5000])
+    report = verify_files(cut, mmproj, model="demo")
+    assert [c.name for c in report.checks] == ["gguf/readable"]
+    assert report.status == "failed"
+
+
+def test_without_the_original_only_the_files_are_judged(q4_0, tmp_path):
+    copy = shutil.copytree(q4_0, tmp_path / "export")
+    data = json.loads((copy / "manifest.json").read_text())
+    data["source"]["model"] = str(tmp_path / "gone")
+    (copy / "manifest.json").write_text(json.dumps(data))
+    report = verify_artifact(copy)
+    assert report.status == "incomplete"
+    passed = {c.name for c in report.checks if c.status == "passed"}
+    assert {"gguf/architecture", "gguf/tensors[text]", "tokenizer/ids", "tokenizer/image_tokens"} == passed - {
+        "gguf/tensors[mmproj]"
+    }
+    missing = {c.name for c in report.not_run()}
+    assert {"gguf/values", "gguf/pairing", "decoder/logits", "quantization/kl", "gguf/chat_template"} <= missing
+    assert all("could not be loaded" in c.reason for c in report.not_run())
+
+
+def test_without_llama_cpp_what_needs_it_is_not_run(q4_0, few, monkeypatch):
+    def missing(*_args, **_options):
+        raise NotPossibleHereError("llama.cpp is not here; pip install 'vlmexport[gguf]'")
+
+    monkeypatch.setattr(run, "LlamaCppRunner", missing)
+    report = verify_artifact(q4_0, samples=few)
+    assert report.status == "incomplete"
+    assert {"tokenizer/ids", "processor/prompt_ids", "decoder/logits", "quantization/kl"} <= {
+        c.name for c in report.not_run()
+    }
+    assert all("pip install 'vlmexport[gguf]'" in c.reason for c in report.not_run())
+    assert "gguf/values[text]" in {c.name for c in report.checks if c.status == "passed"}
+
+
+def test_without_an_image_processor_text_is_judged_all_the_same(q4_0, few, monkeypatch):
+    def missing(*_args, **_options):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr("vlmexport.verify.gguf.reference.PromptBuilder", missing)
+    report = verify_artifact(q4_0, samples=few)
+    assert report.status == "incomplete"
+    assert "decoder/logits[text]" in {c.name for c in report.checks if c.status == "passed"}
+    assert all("pip install torchvision" in c.reason for c in report.not_run())
+    assert {"processor/prompt_ids[wide]", "gguf/image_splitting", "quantization/kl"} <= {
+        c.name for c in report.not_run()
+    }
+
+
+def test_loose_files_need_both_halves_and_a_model(q4_0):
+    text, mmproj = mutate.files_of(q4_0)
+    with pytest.raises(BadInputError, match="give --mmproj"):
+        verify_files(text, None, model="demo")
+    with pytest.raises(BadInputError, match="give --model"):
+        verify_files(text, mmproj, model=None)
+    with pytest.raises(BadInputError, match="is a folder"):
+        verify_files(q4_0, mmproj, model="demo")
+    with pytest.raises(BadInputError, match=r"no such file: .*gone\.gguf"):
+        verify_gguf(q4_0 / "gone.gguf", mmproj, model="demo")
