@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlmexport.manifest import Manifest, QuantizedRecord
 
@@ -16,7 +18,8 @@ def model_card(manifest: Manifest, source: Path) -> str:
     graphs = ", ".join(f"`{part.file}`" for part in manifest.parts.values())
     lines += [
         f"`{manifest.source['architecture']}` split into {graphs} by "
-        f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile).",
+        f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile)."
+        f"{adapter_words(manifest.source)}",
         "",
         _quantization(manifest),
         "",
@@ -55,6 +58,12 @@ def lineage(readme: Path) -> list[str]:
         return []
     header = text[1 : text.index("---", 1)]
     return [line for line in header if line.split(":")[0] in _LINEAGE_KEYS and line.split(":", 1)[-1].strip()]
+
+
+def adapter_words(source: Mapping[str, Any]) -> str:
+    """A sentence on the LoRA adapter in the weights, with a space before it; nothing without one."""
+    merged = source.get("lora")
+    return f" The LoRA adapter `{Path(merged['path']).name}` is merged into the weights." if merged else ""
 
 
 def _quantization(manifest: Manifest) -> str:

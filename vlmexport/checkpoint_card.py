@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from vlmexport.card import lineage
+from vlmexport.card import adapter_words, lineage
 from vlmexport.checkpoint_manifest import CheckpointManifest
 
 _LOADERS = {
@@ -33,7 +33,7 @@ def checkpoint_card(manifest: CheckpointManifest, source: Path) -> str:
         f"- {manifest.checkpoint_format}", *lineage(source / "README.md"), "---", "",
         f"# {name}: {manifest.checkpoint_format}", "",
         f"`{manifest.source['architecture']}` quantized by vlmexport {manifest.created_by['vlmexport']}; loads in "
-        f"{_LOADERS[manifest.checkpoint_format]}.", "",
+        f"{_LOADERS[manifest.checkpoint_format]}.{adapter_words(manifest.source)}", "",
         *(f"- {count} matrices: {scheme}" for scheme, count in schemes.items()), "",
         "Scales are float16 or float32. A runtime that computes in bfloat16 rounds them to 8 bits; in float16 codes "
         "mean exactly what was chosen.", "",

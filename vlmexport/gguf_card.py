@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from vlmexport.card import lineage
+from vlmexport.card import adapter_words, lineage
 from vlmexport.gguf_options import File, GgufPlan
 from vlmexport.manifest import Manifest
 
@@ -21,7 +21,8 @@ def gguf_card(manifest: Manifest, plan: GgufPlan, source: Path) -> str:
         f"# {Path(manifest.source['model']).name}: GGUF", "",
         f"`{manifest.source['architecture']}` by vlmexport {manifest.created_by['vlmexport']} for llama.cpp: "
         f"`{text}` (architecture {plan.arch}, {plan.bits_per_weight('text'):.2f} bits per weight) and `{mmproj}` "
-        f"(projector {plan.projector}, {plan.bits_per_weight('mmproj'):.2f} bits per weight).", "",
+        f"(projector {plan.projector}, {plan.bits_per_weight('mmproj'):.2f} bits per weight)."
+        f"{adapter_words(manifest.source)}", "",
         "## Run it", "", "```sh",
         f'llama-mtmd-cli -m {text} --mmproj {mmproj} --jinja --image picture.png -p "What is in this picture?"',
         f"llama-server -m {text} --mmproj {mmproj} --jinja",

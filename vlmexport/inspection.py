@@ -82,7 +82,8 @@ class InspectReport:
     """Everything ``vlmexport inspect`` says; None or empty where a refused split leaves it unknown.
 
     `quantized` describes the codes of a checkpoint that came quantized (``gptq 4-bit g128 sym``), `quantized_notes`
-    what of its recipe an export does not carry on.
+    what of its recipe an export does not carry on; `lora` is the adapter that was merged, `lora_notes` what to know of
+    it.
     """
 
     model: str
@@ -102,6 +103,8 @@ class InspectReport:
     recipe: Recipe
     quantized: str | None = None
     quantized_notes: tuple[str, ...] = ()
+    lora: str | None = None
+    lora_notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report with the keys of the CLI reference."""
@@ -135,12 +138,19 @@ def inspect_vlm(vlm: VLM) -> InspectReport:
         tokens_per_image_note=note,
         kv=cache_report(vlm),
         targets=targets,
-        recipe=suggest_recipe(vlm.source, parameters, _first_command(split, targets))
+        recipe=suggest_recipe(_model_words(vlm), parameters, _first_command(split, targets))
         if vlm.quantized is None
         else _kept_recipe(vlm, vlm.quantized, split, targets),
         quantized=None if vlm.quantized is None else vlm.quantized.summary,
         quantized_notes=() if vlm.quantized is None else vlm.quantized.notes,
+        lora=None if vlm.lora is None else f"{vlm.lora.source}, {len(vlm.lora.changed)} weights changed",
+        lora_notes=() if vlm.lora is None else vlm.lora.notes,
     )
+
+
+def _model_words(vlm: VLM) -> str:
+    """What stands for the model in a command: its source, and the adapter that is merged into it."""
+    return vlm.source if vlm.lora is None else f"{vlm.source} --lora {vlm.lora.source}"
 
 
 def part_reports(vlm: VLM, split: Split) -> tuple[PartReport, ...]:

@@ -206,4 +206,5 @@ def fallback_lines(plan: GgufPlan) -> list[str]:
 
 def _notes(result: GgufResult) -> list[str]:
     manifest = result.artifact.manifest
-    return [*manifest.model["gguf"]["notes"], *(manifest.calibration or {}).get("warnings", [])]
+    adapter = manifest.source.get("lora", {}).get("notes", [])
+    return [*adapter, *manifest.model["gguf"]["notes"], *(manifest.calibration or {}).get("warnings", [])]

@@ -68,6 +68,9 @@ def _facts(report: InspectReport) -> Iterator[str]:
     if report.quantized is not None:
         yield f"already quantized: {report.quantized}; an export keeps these codes"
     yield from (f"  {note}" for note in report.quantized_notes)
+    if report.lora is not None:
+        yield f"with the adapter merged: {report.lora}"
+    yield from (f"  {note}" for note in report.lora_notes)
     if report.tied_embeddings:
         yield "the LM head is tied to the embedding: counted once here, a copy of its own in an export"
     if report.merge is not None:

@@ -104,7 +104,8 @@ def print_result(result: ExportResult, console: Console) -> None:
     console.print(table)
     total = sum(f.bytes for f in manifest.files.values())
     console.print(f"Wrote [bold]{escape(str(result.artifact.path))}[/], {bytes_text(total)}.", soft_wrap=True)
-    for line in (manifest.calibration or {}).get("warnings", []):
+    adapter = manifest.source.get("lora", {}).get("notes", [])
+    for line in [*adapter, *(manifest.calibration or {}).get("warnings", [])]:
         console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
 
 

@@ -156,7 +156,7 @@ def print_result(result: CheckpointResult, console: Console) -> None:
         f"{len(manifest.unquantized)} kept; weights {bytes_text(before)} -> {bytes_text(after)}.",
         soft_wrap=True,
     )
-    notes = manifest.source.get("quantization", {}).get("notes", [])
+    notes = [note for key in ("quantization", "lora") for note in manifest.source.get(key, {}).get("notes", [])]
     for line in [*notes, *(manifest.calibration or {}).get("warnings", [])]:
         console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
 
