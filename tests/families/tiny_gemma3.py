@@ -27,7 +27,8 @@ def make_tiny_gemma3(
     """Write a checkpoint to `folder`; `text` and `vision` change keys of the two configs."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    tokenizer = byte_level_tokenizer(SPECIAL, VOCAB)
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = byte_level_tokenizer(SPECIAL, VOCAB, **names)
     index = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
         text_config={**_TEXT, "bos_token_id": index("<bos>"), **(text or {})},

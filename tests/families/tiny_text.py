@@ -21,8 +21,11 @@ from tests.tiny import CORPUS, randomise
 STATISTICS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
 
-def byte_level_tokenizer(special: Sequence[str], vocab: int) -> Any:
-    """A byte-level BPE tokenizer of `vocab` entries at most; the first of `special` is bos, the second the end."""
+def byte_level_tokenizer(special: Sequence[str], vocab: int, **named: str) -> Any:
+    """A byte-level BPE tokenizer of `vocab` entries at most; the first of `special` is bos, the second the end.
+
+    `named` are tokens that a processor asks for by name (``boi_token``).
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +45,7 @@ def byte_level_tokenizer(special: Sequence[str], vocab: int) -> Any:
         bos_token=special[0],
         eos_token=special[1],
         pad_token=special[0],
+        extra_special_tokens=named,
         model_max_length=2048,
     )
 

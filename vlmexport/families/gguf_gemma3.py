@@ -58,10 +58,8 @@ def text(config: Any, names: Sequence[str]) -> GgufHalf:
         *(linear(source, target) for source, target in _LINEARS.items()),
         *(linear(source, target, _ADD_ONE) for source, target in _NORMS.items()),
     )
-    metadata = {**_sizes(config), **_windows(config), **_rope(config)}
-    if config.final_logit_softcapping:
-        metadata[f"{_ARCH}.final_logit_softcapping"] = float(config.final_logit_softcapping)
-    return GgufHalf(_ARCH, rules, metadata)
+    # No final_logit_softcapping: Gemma3ForConditionalGeneration does not cap its logits, whatever its config says.
+    return GgufHalf(_ARCH, rules, {**_sizes(config), **_windows(config), **_rope(config)})
 
 
 def _check_attention_scale(config: Any) -> None:
