@@ -62,11 +62,13 @@ def gguf_template(
     difference = check.difference(template)
     if not difference:
         return TemplateResult(template, changed=False, agrees=True, reason="")
+    left = ""
     for rewrite in _rewrites(template, place, {**dict.fromkeys(own, ""), **special_tokens}, own):
-        if not check.difference(rewrite):
+        left = check.difference(rewrite)
+        if not left:
             reason = f"rewritten for llama.cpp, which gives images to the template as text: {difference}"
             return TemplateResult(rewrite, changed=True, agrees=True, reason=reason)
-    return TemplateResult(template, changed=False, agrees=False, reason=f"no rewrite helps: {difference}")
+    return TemplateResult(template, changed=False, agrees=False, reason=f"{difference}; no rewrite helps: {left}")
 
 
 def conversations() -> dict[str, Messages]:
@@ -105,6 +107,9 @@ class _Check:
                 wanted = self.place.marked(hf_render(self.original, messages, self.special_tokens))
             except (TemplateError, TypeError, ValueError):
                 continue
+            images = sum(part["type"] == "image" for message in messages for part in message["content"])
+            if (places := wanted.count(MARKER)) != images:
+                return f"{name}: the template writes {self.place.text!r} {places} times for {images} images"
             for handed in _as_clients_send(messages):
                 try:
                     got = llama_render(candidate, handed, self.own)
