@@ -140,6 +140,7 @@ def test_a_type_that_needs_importance_is_refused_without(name: str, values: NDAr
         (np.ones(256, np.float32), r"importance of shape \[256\] does not fit rows of 512"),
         (np.full(512, -1, np.float32), "negative or not finite"),
         (np.full(512, np.nan, np.float32), "negative or not finite"),
+        (np.zeros(512, np.float32), "zero everywhere, so every value would be lost"),
     ],
 )
 def test_an_importance_that_does_not_fit_is_refused(

@@ -97,6 +97,10 @@ def _checked_importance(importance: NDArray[Any], columns: int, what: str) -> ND
         )
     if not np.isfinite(importance).all() or (importance < 0).any():
         raise BadInputError(f"{what}: its importance has values that are negative or not finite")
+    if not importance.any():
+        raise BadInputError(
+            f"{what}: its importance is zero everywhere, so every value would be lost: calibrate with more"
+        )
     return importance
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "choose_types",
     "file_type",
     "matching_overrides",
+    "needs_imatrix",
     "tensor_order",
 ]
 
