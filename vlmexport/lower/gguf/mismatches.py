@@ -87,11 +87,11 @@ _ALWAYS_SPLIT = ("idefics3", "smolvlm")
 def _lacking(texts: Sequence[str], metadata: Mapping[str, MetaValue]) -> tuple[str, ...]:
     if not texts:
         return ()
-    known = _pieces(metadata)
+    known = pieces(metadata)
     return tuple(text for text in texts if text not in known)
 
 
-def _pieces(metadata: Mapping[str, MetaValue]) -> set[str]:
+def pieces(metadata: Mapping[str, MetaValue]) -> set[str]:
     """What llama.cpp prints for each token: added tokens as they are, others without their byte-level or ``▁`` code."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     if not isinstance(tokens, list) or not isinstance(types, list):

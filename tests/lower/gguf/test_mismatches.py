@@ -1,0 +1,67 @@
+"""Where llama.cpp silently does something else than the model's processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
+from vlmexport.demo import model_dir
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.gguf.mismatches import (
+    PROJECTOR_TOKENS,
+    image_splitting_note,
+    missing_tokens,
+    pieces,
+    require_tokens,
+)
+from vlmexport.lower.gguf.vocab import Vocabulary, read_vocabulary
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Vocabulary:
+    return read_vocabulary(model_dir(), "llama", 512)
+
+
+def test_the_bundled_model_has_all_that_its_projector_looks_up(bundled: Vocabulary) -> None:
+    assert missing_tokens("idefics3", bundled.metadata) == ()
+    assert require_tokens("idefics3", bundled.metadata) == ()
+
+
+def test_pieces_are_llama_cpps_own(bundled: Vocabulary, tmp_path: Path) -> None:
+    with LlamaVocabulary(bundled.metadata, tmp_path) as llama:
+        assert {llama.piece(i) for i in range(512)} == pieces(bundled.metadata)
+
+
+def test_a_token_that_llama_cpp_looks_up_and_the_model_lacks(tiny_idefics3: Path) -> None:
+    vocabulary = read_vocabulary(tiny_idefics3, "llama", 448)  # trained on text without an empty line
+    assert missing_tokens("idefics3", vocabulary.metadata) == ("\n\n",)
+    with pytest.raises(UnsupportedModelError, match=r"no token '\\n\\n'.*\(idefics3\); it would stop at the first"):
+        require_tokens("idefics3", vocabulary.metadata)
+
+
+def test_a_token_that_is_written_in_pieces_is_told(bundled: Vocabulary) -> None:
+    notes = require_tokens("qwen2vl_merger", bundled.metadata)
+    assert notes == tuple(
+        f"llama.cpp writes {text!r} around pictures, which is no single token of this model"
+        for text in PROJECTOR_TOKENS["qwen2vl_merger"].written
+    )
+    assert require_tokens("a projector of llama.cpp's that writes nothing", bundled.metadata) == ()
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "model_type", "told"),
+    [
+        ({"do_image_splitting": False}, "idefics3", True),
+        ({"image_processor": {"do_image_splitting": False}}, "smolvlm", True),
+        ({"do_image_splitting": True}, "idefics3", False),
+        ({}, "idefics3", False),
+        ({"do_image_splitting": False}, "lfm2_vl", False),
+    ],
+)
+def test_image_splitting(preprocessor: dict[str, Any], model_type: str, told: bool) -> None:
+    note = image_splitting_note(preprocessor, model_type)
+    assert ("do_image_splitting is false" in note) == told
+    assert bool(note) == told
