@@ -9,13 +9,16 @@ from typing import Any
 
 import jinja2
 import pytest
+from PIL import Image
 
+from tests.families.tiny_text import byte_level_tokenizer
 from vlmexport.demo import model_dir
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.runtime.llamacpp.prompt import TextBuilder, image_place, marked_prompt, prompt_builder
 from vlmexport.runtime.prompt import PromptBuilder
 
 MARKER = "<__media__>"
+GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
 
 def template(before: str, image: str, after: str, text: str = "{{ c['text'] }}") -> str:
@@ -66,11 +69,31 @@ def test_text_that_the_processor_writes_around_a_picture_is_kept() -> None:
     builder = Fake(
         template("<bos>user\n", "<start_of_image>", "<end>"),
         ["<bos>", "<end>", "<start_of_image>", "<end_of_image>"],
-        boi_token="<start_of_image>",
-        eoi_token="<end_of_image>",
+        tokenizer=SimpleNamespace(boi_token="<start_of_image>", eoi_token="<end_of_image>"),
         full_image_sequence="\n\n<start_of_image><soft><soft><end_of_image>\n\n",
     )
     assert marked_prompt(builder, "What?", 1, MARKER) == f"<bos>user\n\n\n{MARKER}\n\nWhat?<end>"
+
+
+def test_the_processor_of_gemma3() -> None:
+    """The real processor: what it writes around a picture, as it expands it."""
+    from transformers import Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokenizer = byte_level_tokenizer((*GEMMA.values(), "<end_of_turn>"), 320)
+    for name, token in GEMMA.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    source = template("user\n", GEMMA["boi_token"], "<end_of_turn>")
+    pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    builder = PromptBuilder.__new__(PromptBuilder)
+    builder.processor = Gemma3Processor(pixels, tokenizer, chat_template=source, image_seq_length=4)
+    builder.tokenizer = tokenizer
+    rendered = marked_prompt(builder, "What?", 1, MARKER)
+    assert rendered == f"user\n\n\n{MARKER}\n\nWhat?<end_of_turn>"
+    made = builder.build([Image.new("RGB", (32, 32))], "What?")
+    spelled = rendered.replace(MARKER, GEMMA["boi_token"] + 4 * GEMMA["image_token"] + GEMMA["eoi_token"])
+    assert made.input_ids[0].tolist() == tokenizer(spelled, add_special_tokens=False)["input_ids"]
 
 
 def test_the_bundled_model() -> None:

@@ -103,8 +103,9 @@ def _difference(longer: Sequence[str], shorter: Sequence[str]) -> Sequence[str]:
 
 def written_around(processor: Any) -> tuple[str, str]:
     """Text that the processor, not the template, writes before and after a picture (Gemma 3: two newlines)."""
-    begin, end = getattr(processor, "boi_token", None), getattr(processor, "eoi_token", None)
     sequence = getattr(processor, "full_image_sequence", None)
+    tokenizer = getattr(processor, "tokenizer", None)
+    begin, end = (getattr(tokenizer, name, None) for name in ("boi_token", "eoi_token"))
     if not (isinstance(sequence, str) and isinstance(begin, str) and isinstance(end, str)):
         return "", ""
     return sequence.partition(begin)[0], sequence.rpartition(end)[2]
