@@ -41,7 +41,7 @@ class _Item:
 
 @dataclass(frozen=True)
 class Export:
-    """Quality of an export and its cost: bits per weight of the text file, CPU seconds; `kl` is every answer token's."""
+    """Quality of an export; bits per weight of the text file, CPU seconds of making it, KL of every answer token."""
 
     quality: Quality
     bits: float

@@ -59,7 +59,7 @@ def _float16(values: torch.Tensor, what: str) -> NDArray[np.uint8]:
 
 
 def _nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    packed: NDArray[np.uint8] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+    packed: NDArray[np.uint8] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << np.uint8(4)
     return packed
 
 
@@ -73,7 +73,7 @@ def _q4_1(tensor: QuantizedTensor, codes: NDArray[np.uint8], name: str) -> list[
 
 
 def _q8_0(_tensor: QuantizedTensor, codes: NDArray[np.uint8], _name: str) -> list[NDArray[np.uint8]]:
-    return [codes ^ 0x80]  # minus 128, as int8
+    return [codes ^ np.uint8(0x80)]  # minus 128, as int8
 
 
 # Type: bits, and whether only symmetric codes fit.

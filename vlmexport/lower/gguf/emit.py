@@ -69,7 +69,7 @@ def emit_gguf(
                         out.write(tensor.name, _rows(plan, tensor, inputs, threads))
                     else:
                         codes = _codes(tensor, inputs.decoder)
-                        out.write(tensor.name, [pack_codes(_moved(codes, tensor), tensor.type)])
+                        out.write(tensor.name, [pack_codes(_moved(codes, tensor), tensor.type, tensor.source)])
                         records.append(_record(tensor, codes))
                     stage.advance(1, tensor.name)
     return tuple(records)
