@@ -169,7 +169,7 @@ def _delta(model: Any, module: AdaptedModule, name: str) -> torch.Tensor:
 def _with_magnitude(adapter: Adapter, module: AdaptedModule, value: torch.Tensor) -> torch.Tensor:
     """DoRA: every output row of `value` (of an embedding: every column) scaled to the norm that was learned for it."""
     axes = (0,) if module.embedding else tuple(range(1, value.ndim))
-    norm = torch.linalg.vector_norm(value, dim=axes, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(value, dim=axes, keepdim=True)
     magnitude = (module.magnitude if module.magnitude is not None else norm).float()
     if magnitude.numel() != norm.numel():
         raise BadInputError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlmexport.errors import BadInputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # What the text model was called below the whole one, in transformers' past and in text-only training; longest first.
@@ -31,11 +32,11 @@ class ParameterNames:
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self._known = dict(whole.named_parameters(remove_duplicate=False))
+        self._known: dict[str, torch.Tensor] = dict(whole.named_parameters(remove_duplicate=False))
         self._prefix = whole.base_model_prefix
         self._architecture = type(model).__name__
         decoder = whole.get_decoder()
-        self._text = next((name for name, module in whole.named_modules() if module is decoder), "")
+        self._text: str = next((name for name, module in whole.named_modules() if module is decoder), "")
 
     def find(self, name: str) -> str:
         """The model's name of the parameter `name`.
