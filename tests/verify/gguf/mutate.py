@@ -46,7 +46,7 @@ def rewrite(
     writer: Any = gguf.GGUFWriter(draft, arch)
     changed = dict(keys or {})
     for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture" or key in changed and changed[key] is None:
+        if key.startswith("GGUF.") or key == "general.architecture" or (key in changed and changed[key] is None):
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(key, changed.get(key, field.contents()), field.types[0], sub_type)
