@@ -96,7 +96,7 @@ def check_accounted(
     """``gguf/accounted``: every weight of the model is in the files, or listed as unused with a reason, and once."""
     used: Counter[str] = Counter({source: 1 for source in {t.source for t in tensors if t.source}})
     outputs = Counter((t.source, t.output, t.file) for t in tensors if t.source)
-    used.update(unused)
+    used.update(list(unused))
     known = set(weights)
     faults = [f"{name} is in no file and not listed as unused" for name in sorted(known - used.keys())]
     faults += [f"{name} is no weight of the model" for name in sorted(used.keys() - known)]
