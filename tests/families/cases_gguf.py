@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from tests.families.gguf_proof import Inputs, Proof, export, prove, with_pixels
-from tests.families.tiny_gguf import make_checkpoint, normalised, picture, stretched_pixels, tiled_pixels
+from tests.families.gguf_proof import Inputs, Proof, export, prove
+from tests.families.tiny_gguf import make_checkpoint, normalised, picture, stretched_pixels, tile_batch, tiled_pixels
 
 PROMPTS = (
     "<|im_start|>User:{image} what is in the picture?<end_of_utterance>\nAssistant:",
@@ -63,7 +63,7 @@ CASES = (
     Case("pixtral", 48, 32),
     Case("mistral3", 64, 48),
     Case("ministral3", 64, 48, prompts=(*PROMPTS, LONG_PROMPT)),
-    Case("internvl", text={"text_type": "qwen2"}),
+    Case("internvl", 64, 64, {"text_type": "qwen2"}),
     Case("internvl", text={"text_type": "qwen3", "head_dim": 32}),
     Case("internvl", text={"text_type": "llama"}),
 )
@@ -83,10 +83,8 @@ def inputs_of(case: Case, checkpoint: Path) -> Inputs:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     if case.family in _PATCH:
         return _rows_of_patches(case, settings, tokenizer)
-    if case.family == "internvl":
-        return with_pixels(settings, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    prepare = stretched_pixels if case.family == "llava" else tiled_pixels
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    prepare = {"llava": stretched_pixels, "internvl": tile_batch}.get(case.family, tiled_pixels)
+    image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>" if case.family == "internvl" else "<image>")
     return lambda image, count: ({"pixel_values": prepare(image, settings)}, [image_token] * count)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -93,15 +92,3 @@ def _reference(
 def _divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     left, right = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return (left.exp() * (left - right)).sum(-1)
-
-
-def with_pixels(settings: dict[str, Any], token: int, **own: Any) -> Inputs:
-    """`Inputs` of a model that takes one picture as it is, with `token` at each of its positions."""
-    from tests.families.tiny_gguf import normalised
-
-    return lambda image, count: ({"pixel_values": normalised(image, settings), **own}, [token] * count)
-
-
-def spread(logits: np.ndarray[Any, Any]) -> float:
-    """The deviation of logits; near 0, a small divergence says nothing."""
-    return float(logits.std())

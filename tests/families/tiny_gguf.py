@@ -146,6 +146,13 @@ def stretched_pixels(image: Image.Image, settings: dict[str, Any]) -> Any:
     return SiglipImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
 
 
+def tile_batch(image: Image.Image, settings: dict[str, Any]) -> Any:
+    """InternVL's tiles and its whole view, ``[tiles, 3, 32, 32]``, by the image processor that it uses."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(**settings)(image, return_tensors="pt")["pixel_values"]
+
+
 def _llava(tower: str, tokenizer: Any, text: dict[str, Any], **own: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
