@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def make_tiny_gemma3(
         "image_seq_length": TOKENS,
         "image_processor_type": "Gemma3ImageProcessor",
     }
-    return save_tiny(Gemma3ForConditionalGeneration(config), tokenizer, preprocessor, folder, TEMPLATE, seed)
+    save_tiny(Gemma3ForConditionalGeneration(config), tokenizer, preprocessor, folder, TEMPLATE, seed)
+    processor = {"processor_class": "Gemma3Processor", "image_seq_length": TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 _TEXT: dict[str, Any] = {
