@@ -58,6 +58,7 @@ def test_bad_input_is_one_line(export: Artifact, tmp_path: Path, capsys: Capture
     assert "must not contain '<__media__>'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_default_context(export: Artifact) -> None:
     given = answer(export, [], "Is 42 + 17 = 59? " * 250, Sampling(max_new_tokens=2), threads=1)
     assert given.prompt_tokens > 4096

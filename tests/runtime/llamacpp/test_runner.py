@@ -213,6 +213,12 @@ def test_markers_and_pictures_must_match(runner: LlamaCppRunner) -> None:
         runner.prompt("nothing", [Image.new("RGB", (64, 64))])
 
 
+def test_text_that_is_no_unicode(runner: LlamaCppRunner) -> None:
+    for ask in (runner.tokenize, runner.prompt):
+        with pytest.raises(BadInputError, match="not valid Unicode: surrogates not allowed at character 3"):
+            ask("a b\udcff")
+
+
 def test_an_answer_of_no_tokens(runner: LlamaCppRunner, builder: PromptBuilder) -> None:
     with pytest.raises(BadInputError, match="no answer token"):
         runner.forced(prompt_of(runner, builder, [], "What?"), [])

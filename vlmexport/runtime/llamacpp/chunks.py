@@ -89,7 +89,7 @@ def cut(vision: Any, text: str, images: Sequence[Image], add_special: bool) -> L
     owner = library.mtmd_input_chunks_init()
     bitmaps = [_bitmap(image) for image in images]
     try:
-        _tokenize(vision, owner, text.encode(), bitmaps, add_special)
+        _tokenize(vision, owner, utf8(text), bitmaps, add_special)
         count = library.mtmd_input_chunks_size(owner)
         chunks = [_chunk(library.mtmd_input_chunks_get(owner, i)) for i in range(count)]
     except BaseException:
@@ -99,6 +99,14 @@ def cut(vision: Any, text: str, images: Sequence[Image], add_special: bool) -> L
         for bitmap in bitmaps:
             library.mtmd_bitmap_free(bitmap)
     return LlamaPrompt(chunks, owner)
+
+
+def utf8(text: str) -> bytes:
+    """The bytes that llama.cpp takes; a command line may hold what is no Unicode text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
 def _tokenize(vision: Any, owner: Any, text: bytes, bitmaps: Sequence[Any], add_special: bool) -> None:

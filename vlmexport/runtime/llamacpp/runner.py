@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.runtime.generate import Timings
 from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, MARKER, llama
-from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt, TextChunk, cut, encode
+from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt, TextChunk, cut, encode, utf8
 from vlmexport.runtime.llamacpp.decoder import MICRO_BATCH, LlamaDecoder
 from vlmexport.runtime.sampling import Sampling, choose
 
@@ -130,7 +130,7 @@ class LlamaCppRunner:
         `special`: begin and end tokens are added where the metadata asks for them; a text that writes the begin token
         itself gets no second one.
         """
-        encoded = text.encode()
+        encoded = utf8(text)
         room = len(encoded) + 2
         ids = (ctypes.c_int32 * room)()
         add = special and self._adds_special(text)
