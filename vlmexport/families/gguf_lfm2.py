@@ -146,8 +146,8 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
         unused={f"{tower}.head.*": "the tower's pooling head, which the language model does not read"},
         always_f32=("v.position_embd.weight",),
         notes=(
-            "llama.cpp gives a picture that it cuts into tiles black edges, where the model's processor stretches it: "
-            "scale pictures down to 512 x 512 pixels or less for the same answers",
+            "llama.cpp gives a picture that it cuts into tiles (one of more than 524288 pixels) black edges, where the "
+            "model's processor stretches it: scale pictures down to 700 x 700 pixels for the same answers",
         ),
     )
 
