@@ -1,4 +1,9 @@
-"""The vision side of InternVL (transformers' own form) in llama.cpp (b11549: tools/mtmd/models/internvl.cpp)."""
+"""The vision side of InternVL (transformers' own form) in llama.cpp (b11549: tools/mtmd/models/internvl.cpp).
+
+llama.cpp chooses the grid of tiles by the area that a picture fills, InternVL's processor by its aspect ratio: for many
+pictures these are other grids, and then prompts differ (a 100 x 60 picture, tiles of 32: 9 tiles against 7). The file
+has no key for it; the gate says so by its prompt ids.
+"""
 
 from __future__ import annotations
 

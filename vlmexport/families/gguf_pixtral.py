@@ -1,4 +1,9 @@
-"""The vision side of Pixtral and Mistral 3 in llama.cpp (b11549: tools/mtmd/models/pixtral.cpp)."""
+"""The vision side of Pixtral and Mistral 3 in llama.cpp (b11549: tools/mtmd/models/pixtral.cpp).
+
+llama.cpp rounds a picture's sides to the nearest multiple of a token's side and keeps to 8 ... 1024 tokens; Pixtral's
+processor rounds up and keeps to its longest edge. For pictures between multiples, or of more tokens, prompts differ.
+The file has no key for it; the gate says so by its prompt ids.
+"""
 
 from __future__ import annotations
 
