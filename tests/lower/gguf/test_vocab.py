@@ -13,7 +13,7 @@ from tests.lower.gguf import tokenizers_for_tests as make
 from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
 from tests.tiny import make_tokenizer
 from vlmexport.demo import model_dir
-from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.lower.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from vlmexport.lower.gguf.vocab import Vocabulary, read_vocabulary
 
@@ -217,6 +217,44 @@ def test_more_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
     assert "generation also ends at" in vocabulary.notes[0]
     with LlamaVocabulary(vocabulary.metadata, tmp_path) as llama:
         assert [i for i in range(size) if llama.is_end(i)] == [2, 300, 301]
+
+
+def test_the_tokenizer_is_the_one_that_transformers_makes_of_the_file(tmp_path: Path) -> None:
+    size = make.save(make.spaced(PREPEND, None, complete=True), tmp_path, tokenizer_class="LlamaTokenizer")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    vocabulary = read_vocabulary(tmp_path, "llama", size)
+    assert vocabulary.metadata["tokenizer.ggml.add_space_prefix"] is False  # LlamaTokenizer's own, not the file's
+    assert "very first word" in vocabulary.notes[0]
+    assert probe_agrees(vocabulary, tmp_path)
+
+
+def test_vocabulary_and_merges_without_a_tokenizer_json(tmp_path: Path) -> None:
+    model = make.byte_level(BYTES)["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    vocabulary = read_vocabulary(tmp_path, "qwen2", 1600)
+    assert vocabulary.metadata["tokenizer.ggml.pre"] == "qwen2"
+    assert "NFC" in vocabulary.notes[0]
+    assert probe_agrees(vocabulary, tmp_path)
+
+
+def test_a_slow_tokenizer_that_cannot_be_read_here(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no SentencePiece model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(NotPossibleHereError, match="cannot read the slow tokenizer here"):
+        read_vocabulary(tmp_path, "llama", 10)
+
+
+def test_two_ids_of_one_text_are_refused(tmp_path: Path) -> None:
+    tokenizer = make.byte_level(BYTES)
+    tokenizer["model"]["vocab"]["[PAD1600]"] = len(tokenizer["model"]["vocab"])
+    make.save(tokenizer, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"are both '\[PAD1600\]'"):
+        read_vocabulary(tmp_path, "llama", 1601)
 
 
 def test_bad_input(tmp_path: Path) -> None:

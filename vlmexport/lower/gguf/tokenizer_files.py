@@ -21,23 +21,20 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.
 class TokenizerFiles:
     """What a checkpoint's files say; absent files are empty.
 
-    `tokenizer` is a ``tokenizer.json``: the one that transformers works with, which is not always the file (see
-    `read_tokenizer_files`). `config`, `special`, `generation` and `model` are ``tokenizer_config.json``,
-    ``special_tokens_map.json``, ``generation_config.json`` and ``config.json``.
+    `fast` is the Hugging Face tokenizer, the reference for ids, without cutting and padding; `tokenizer` is the same as
+    a parsed ``tokenizer.json``, which is not always the file (see `read_tokenizer_files`). `config`, `special`,
+    `generation` and `model` are ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
+    ``config.json``.
     """
 
     folder: Path
+    fast: Tokenizer
     tokenizer: Json
     config: Json
     special: Json
     generation: Json
     model: Json
     chat_template: str | None
-
-    @cached_property
-    def fast(self) -> Tokenizer:
-        """The Hugging Face tokenizer itself: the reference for ids. It neither cuts nor pads."""
-        return Tokenizer.from_str(json.dumps({**self.tokenizer, "truncation": None, "padding": None}))
 
     @cached_property
     def added(self) -> tuple[Json, ...]:
@@ -70,9 +67,13 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     or a file is no JSON, `NotPossibleHereError` when a package that reads a slow one is missing.
     """
     config = _read(folder / "tokenizer_config.json")
+    fast = _tokenizer_of(folder)
+    fast.no_truncation()
+    fast.no_padding()
     return TokenizerFiles(
         folder=folder,
-        tokenizer=_tokenizer_of(folder),
+        fast=fast,
+        tokenizer=json.loads(fast.to_str()),
         config=config,
         special=_read(folder / "special_tokens_map.json"),
         generation=_read(folder / "generation_config.json"),
@@ -81,30 +82,29 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
-def _tokenizer_of(folder: Path) -> Json:
+def _tokenizer_of(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
     ):
         raise BadInputError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files there")
-    written = _read(file)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ImportError, ValueError, OSError, KeyError) as error:
-        if written:  # a class that transformers cannot load (custom code): its file is the best description left
-            return written
+        # A class that transformers cannot load (custom code): its file is the best description left.
+        if written := _read(file):
+            return Tokenizer.from_str(json.dumps(written))
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotPossibleHereError(
             f"{folder}: transformers cannot read the slow tokenizer here ({reason}); "
             "`pip install sentencepiece protobuf`, or save its tokenizer.json with save_pretrained elsewhere"
         ) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise BadInputError(f"{folder}: {type(tokenizer).__name__} has no fast form; save one with its tokenizer.json")
-    parsed: dict[str, Any] = json.loads(backend.to_str())
-    return parsed
+    return backend
 
 
 def _read(path: Path) -> Json:

@@ -74,7 +74,7 @@ def read_vocabulary(folder: Path, arch: str, vocab_size: int) -> Vocabulary:
         metadata["tokenizer.ggml.merges"] = list(kind.merges)
     metadata |= special
     template = _chat_template(files, special_texts(metadata))
-    template_notes = ()
+    template_notes: tuple[str, ...] = ()
     if template is not None:
         metadata["tokenizer.chat_template"] = template.text
         template_notes = () if template.agrees else (f"chat template: {template.reason}",)
