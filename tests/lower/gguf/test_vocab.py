@@ -99,6 +99,14 @@ def test_other_spellings_of_a_regular_expression(tmp_path: Path) -> None:
     assert differing(vocabulary, tokenizer, tmp_path) == []
 
 
+def test_a_split_at_every_digit_is_a_step_for_digits(tmp_path: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": r"\p{N}"}, "behavior": "Isolated", "invert": False}
+    tokenizer = make.byte_level({"type": "Sequence", "pretokenizers": [split, BYTES]})
+    vocabulary = read(tokenizer, tmp_path)
+    assert vocabulary.metadata["tokenizer.ggml.pre"] == "smollm"
+    assert differing(vocabulary, tokenizer, tmp_path) == []
+
+
 def test_what_llama_cpp_has_no_tokenizer_for_is_refused_with_its_structure(tmp_path: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
     unknown = {"type": "Sequence", "pretokenizers": [split, {**BYTES, "use_regex": False}]}

@@ -214,6 +214,8 @@ def _split(step: Json) -> str:
     inverted = bool(step.get("invert")) and behavior != "Isolated"
     if inverted and behavior == "Removed" and text.endswith(r"|\s+"):
         behavior, inverted = "Isolated", False
+    if behavior == "Isolated" and text == r"\p{N}":
+        return "Digits(individual)"
     return f"Split({canonical(text)}, {behavior}{', inverted' * inverted})"
 
 

@@ -87,10 +87,10 @@ def _chat_template(files: TokenizerFiles, own: Mapping[str, str]) -> TemplateRes
     """The template for llama.cpp, which hands it the special tokens `own`."""
     if files.chat_template is None:
         return None
-    builder = prompt_builder(files.folder)
     try:
+        builder = prompt_builder(files.folder)
         place = ImagePlace(image_place(builder), *written_around(builder.processor))
-    except (UnsupportedModelError, TemplateError) as error:
+    except (BadInputError, TemplateError) as error:
         return TemplateResult(files.chat_template, changed=False, agrees=False, reason=str(error))
     return gguf_template(files.chat_template, place, files.special_tokens, own)
 
