@@ -9,11 +9,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.model.adapters import pairs_of, write_adapter
+from vlmexport.bench import run as bench
+from vlmexport.bench.worker import Contender
 from vlmexport.checkpoint_manifest import open_checkpoint
 from vlmexport.cli.main import run
+from vlmexport.errors import BadInputError
+from vlmexport.manifest import Artifact, Manifest
 from vlmexport.model.load import load_vlm
 from vlmexport.verify.checkpoint import changed_tensors
 
@@ -132,3 +137,17 @@ def test_verify_merges_the_adapter_again(tmp_path: Path, capsys: Capture) -> Non
     capsys.readouterr()
     assert run(["verify", str(out), "-q"]) == 4
     assert "the original model could not be loaded" in one_line(capsys)
+
+
+def test_bench_gives_pytorch_the_adapter(tiny_idefics3: Path, adapter: Path, tmp_path: Path) -> None:
+    def contenders(recorded: str, asked_for: str | None = None) -> dict[str, Contender]:
+        source = {"model": str(tiny_idefics3), "lora": {"path": recorded}}
+        export = Artifact(tiny_idefics3, Manifest("split", "cpu", {}, source, {}, {}, {}, (), ()))
+        base = Contender("artifact", str(tiny_idefics3), "float32", 1, "", 4)
+        question = bench._Question("What is red?", [Image.new("RGB", (32, 32))], tmp_path)
+        return bench._contenders(export, None, asked_for, base, question)[0]
+
+    assert {c.lora for name, c in contenders(str(adapter)).items() if name != "artifact"} == {str(adapter)}
+    assert set(contenders("/none")) == {"artifact"}  # not measured, with the reason
+    with pytest.raises(BadInputError, match="no such folder"):
+        contenders(str(adapter), "/none")

@@ -18,6 +18,7 @@ from vlmexport.bench.worker import Contender, save_inputs
 from vlmexport.errors import BadInputError, NotPossibleHereError
 from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.checkpoint import read_checkpoint
+from vlmexport.model.lora_files import read_adapter
 from vlmexport.model.source import resolve_source
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.runtime.generate import GGUF_LAYOUT
@@ -126,6 +127,8 @@ def _contenders(
     try:
         original = resolve_source(source, trust_remote_code=base.trust_remote_code)
         read_checkpoint(original, trust_remote_code=base.trust_remote_code)
+        if adapter is not None:
+            read_adapter(adapter)
         base = replace(base, inputs=_prepared(artifact, asked))
     except (BadInputError, NotPossibleHereError) as error:
         if model or lora:
