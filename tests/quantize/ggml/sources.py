@@ -58,10 +58,13 @@ class Source:
         keeps = len(self.shapes[name]) < 2 or "_norm." in name or "position_embd" in name or "conv.conv" in name
         return "F32" if keeps or "ffn_gate_inp" in name else self.matrix
 
+    def original(self, name: str) -> NDArray[np.float32]:
+        """The values before they were stored."""
+        return _bundled()[name] if self.real else _synthetic(f"{self.name}/{name}", self.shapes[name])
+
     def values(self, name: str) -> NDArray[np.float32]:
         """The values in the file, as float32."""
-        made = _bundled()[name] if self.real else _synthetic(f"{self.name}/{name}", self.shapes[name])
-        assert made.shape == self.shapes[name], (name, made.shape)
+        made = self.original(name)
         return made if self.stored_type(name) == "F32" else made.astype(np.float16).astype(np.float32)
 
     def importance(self, name: str) -> NDArray[np.float32] | None:
