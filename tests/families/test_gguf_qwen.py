@@ -137,12 +137,16 @@ def test_a_config_of_the_hub() -> None:
     assert text.metadata["qwen2vl.rope.dimension_sections"] == [16, 24, 24, 0]
     assert text.metadata["qwen2vl.rope.freq_base"] == 1e6
     assert text.metadata["qwen2vl.context_length"] == 128000
-    pixels = {**STATISTICS, "min_pixels": 3136, "max_pixels": 12845056}
+    pixels = {**STATISTICS, "min_pixels": 3136, "max_pixels": 12845056, "resample": 2}
     vision = gguf_qwen_vl.vision(config, pixels, [])
     assert vision.metadata["clip.vision.n_wa_pattern"] == 8
     assert vision.metadata["clip.vision.image_min_pixels"] == 3136
     # 16384 tokens would need a window mask of 17 GB.
     assert vision.metadata["clip.vision.image_max_pixels"] == 4096 * 28 * 28
+    edges, large, resampling = vision.notes
+    assert "multiples of 28 pixels" in edges
+    assert "to 4096 tokens, the model's processor to 16384" in large
+    assert "by bicubic interpolation, the model's processor by bilinear" in resampling
 
 
 def _config(family: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:

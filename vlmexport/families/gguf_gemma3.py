@@ -15,7 +15,7 @@ from vlmexport.families.gguf_common import (
     rope_metadata,
     text_metadata,
 )
-from vlmexport.families.gguf_vision import encoder_rules, vision_metadata
+from vlmexport.families.gguf_vision import encoder_rules, resampling_notes, vision_metadata
 from vlmexport.model.family import GgufHalf, MetaValue, TensorRule, Transform, linear
 
 _ARCH = "gemma3"
@@ -150,6 +150,7 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
         notes=(
             "llama.cpp gives a picture that is not square black edges, where the model's processor stretches it: make "
             f"pictures {side} x {side} pixels for the same answers",
+            *resampling_notes(preprocessor, "bilinear"),
         ),
         unused={f"{tower}.head.*": "the tower's pooling head, which the language model does not read"},
         # llama.cpp transposes the projection when it runs, which blocks of a quantized type cannot be.

@@ -9,6 +9,7 @@ from typing import Any
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.families.gguf_common import pixel_statistics, require
 from vlmexport.families.gguf_qwen import text_arch
+from vlmexport.families.gguf_vision import resampling_notes
 from vlmexport.model.family import GgufHalf, MetaValue, TensorRule, Transform, linear
 
 _TOWER = "model.visual"
@@ -29,14 +30,38 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
     _check_rope(encoder)
     build = {"qwen2_vl": _qwen2, "qwen2_5_vl": _qwen2_5, "qwen3_vl": _qwen3, "qwen3_vl_moe": _qwen3}
     half = build[config.model_type](config, _metadata(config, preprocessor))
-    step = int(encoder.patch_size) * int(encoder.spatial_merge_size)
-    return replace(
-        half,
-        notes=(
-            "llama.cpp fits a picture into whole tokens with black edges, where the model's processor stretches it: "
-            f"make both sides multiples of {step} pixels for the same answers",
-        ),
+    return replace(half, notes=_notes(config, preprocessor))
+
+
+def _notes(config: Any, preprocessor: Mapping[str, Any]) -> tuple[str, ...]:
+    side = _token_side(config)
+    edges = (
+        "llama.cpp fits a picture into whole tokens with black edges, where the model's processor stretches it: make "
+        f"both sides multiples of {side} pixels for the same answers"
     )
+    _, most = _pixel_range(preprocessor)
+    large = (
+        f"llama.cpp scales pictures down to {_MOST_TOKENS} tokens, the model's processor to {most // side**2}: larger "
+        "ones are seen in less detail"
+    )
+    return (
+        edges,
+        *((large,) if most > _MOST_TOKENS * side**2 else ()),
+        *resampling_notes(preprocessor, "bicubic"),
+    )
+
+
+def _token_side(config: Any) -> int:
+    """Pixels of a picture's side that one token stands for."""
+    return int(config.vision_config.patch_size) * int(config.vision_config.spatial_merge_size)
+
+
+def _pixel_range(preprocessor: Mapping[str, Any]) -> tuple[int, int]:
+    """The least and most pixels of a resized picture, under either of their names; else Qwen2VLImageProcessor's own."""
+    size = preprocessor.get("size") or {}
+    least = preprocessor.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    most = preprocessor.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    return int(least), int(most)
 
 
 def _metadata(config: Any, preprocessor: Mapping[str, Any]) -> dict[str, MetaValue]:
@@ -59,17 +84,11 @@ def _pixel_limits(config: Any, preprocessor: Mapping[str, Any]) -> dict[str, Met
 
     The upper one is kept at llama.cpp's 4096 tokens: Qwen2.5's window mask is the square of the patches in memory.
     """
-    encoder = config.vision_config
-    size = preprocessor.get("size") or {}
-    least = preprocessor.get("min_pixels") or size.get("shortest_edge")
-    most = preprocessor.get("max_pixels") or size.get("longest_edge")
-    limits: dict[str, MetaValue] = {}
-    if least:
-        limits["clip.vision.image_min_pixels"] = int(least)
-    if most:
-        pixels_per_token = (int(encoder.patch_size) * int(encoder.spatial_merge_size)) ** 2
-        limits["clip.vision.image_max_pixels"] = min(int(most), _MOST_TOKENS * pixels_per_token)
-    return limits
+    least, most = _pixel_range(preprocessor)
+    return {
+        "clip.vision.image_min_pixels": least,
+        "clip.vision.image_max_pixels": min(most, _MOST_TOKENS * _token_side(config) ** 2),
+    }
 
 
 def _check_rope(encoder: Any) -> None:

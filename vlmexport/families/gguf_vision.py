@@ -5,6 +5,7 @@ Facts from llama.cpp b11549: tools/mtmd/clip-impl.h (key and tensor names), tool
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlmexport.errors import UnsupportedModelError
@@ -66,3 +67,15 @@ def unused_blocks(config: Any, block: str) -> dict[str, str]:
     reason = f"vision_feature_layer is {config.vision_feature_layer}: the features are taken before this block"
     layers = range(blocks_used(config), int(config.vision_config.num_hidden_layers))
     return {f"{block.replace('{i}', str(layer))}.*": reason for layer in layers}
+
+
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
+
+
+def resampling_notes(preprocessor: Mapping[str, Any], theirs: str) -> tuple[str, ...]:
+    """A note where the model's image processor resizes by another method than llama.cpp's projector, `theirs`."""
+    number = preprocessor.get("resample")
+    ours = theirs if number is None else _RESAMPLING[int(number)]
+    if ours == theirs:
+        return ()
+    return (f"llama.cpp resizes pictures by {theirs} interpolation, the model's processor by {ours}",)
