@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import xllamacpp
 from PIL import Image
+from tokenizers import Tokenizer
 
+from tests.lower.gguf import tokenizers_for_tests as make
 from tests.lower.gguf.chat_templates import BUNDLED, FIRST_PART, IMAGE, TEMPLATES, TOKENS
+from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
 from tools.train_fixture.gguf_files import write_mmproj, write_text
 from vlmexport.demo import model_dir
 from vlmexport.lower.gguf.template import ImagePlace, conversations, gguf_template
@@ -67,6 +70,23 @@ def test_tokens_that_llama_cpp_would_not_name() -> None:
     assert result.agrees
     assert result.text.startswith("{%- set bos_token = '<s>' -%}{%- set pad_token = '<pad>' -%}")
     assert "eos_token" not in result.text
+
+
+def test_the_space_that_only_transformers_puts_in_front(tmp_path: Path) -> None:
+    chat = "{% for m in messages %}USER:{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}"
+    chat += "{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    size = make.save(make.spaced(None, first, complete=True), tmp_path, chat_template=chat)
+    vocabulary = read_vocabulary(tmp_path, "llama", size)
+    assert vocabulary.template is not None
+    assert vocabulary.template.agrees
+    for messages in conversations().values():
+        rendered = hf_render(chat, messages, TOKENS)
+        wanted = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(rendered, add_special_tokens=False).ids
+        with LlamaVocabulary(vocabulary.metadata, tmp_path) as llama:
+            got = llama_render(vocabulary.template.text, messages, TOKENS).replace(MARKER, "<image>")
+            assert llama.tokenize(got) == wanted
+            assert llama.tokenize(rendered) != wanted
 
 
 def test_transformers_renders_as_here() -> None:

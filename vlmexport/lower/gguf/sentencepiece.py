@@ -37,8 +37,8 @@ _ALWAYS = (
     "there even so: ids differ after a special token that a space follows"
 )
 _FIRST = (
-    "Hugging Face puts a space before the very first word of a prompt that begins with plain text; llama.cpp cannot do "
-    "that without a space after every special token, and puts none"
+    "Hugging Face puts a space before the very first word of a prompt that begins with plain text; llama.cpp would put "
+    "one after every special token too, so there is none: write it into such a prompt (the chat template does)"
 )
 # (normalizer steps, pre-tokenizer steps) -> what they mean.
 _SPACINGS: dict[tuple[tuple[str, ...], tuple[str, ...]], Spacing] = {

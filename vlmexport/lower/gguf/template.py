@@ -7,7 +7,7 @@ rewrite is checked by rendering the same conversations both ways (`vlmexport.low
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,18 @@ class ImagePlace:
     """What a template writes for one picture, and what the processor writes around that (llama.cpp writes neither).
 
     For Qwen2-VL ``<|vision_start|><|image_pad|><|vision_end|>`` is `text`; for Gemma 3 two line breaks are on both
-    sides of it.
+    sides of it. `start` puts a space in front of a prompt where the tokenizer would and llama.cpp does not
+    (`vlmexport.runtime.llamacpp.prompt.spaced_start`).
     """
 
     text: str
     before: str = ""
     after: str = ""
+    start: Callable[[str], str] = str
 
     def marked(self, prompt: str, marker: str = MARKER) -> str:
-        """`prompt` with `marker` for each picture."""
-        return prompt.replace(self.text, self.before + marker + self.after)
+        """`prompt` as llama.cpp should get it, with `marker` for each picture."""
+        return self.start(prompt).replace(self.text, self.before + marker + self.after)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,15 @@ def _rewrites(
     template: str, place: ImagePlace, special_tokens: Mapping[str, str], own: Mapping[str, str]
 ) -> Iterator[str]:
     """Known ways to write a template anew, gentlest first."""
+    rewrites = list(_without_space(template, place, special_tokens, own))
+    yield from rewrites
+    if place.start("word") != "word":
+        yield from ("{{ ' ' }}" + rewrite for rewrite in (template, *rewrites))
+
+
+def _without_space(
+    template: str, place: ImagePlace, special_tokens: Mapping[str, str], own: Mapping[str, str]
+) -> Iterator[str]:
     names = "".join(
         f"{{%- set {name} = {_literal(text)} -%}}"
         for name, text in special_tokens.items()

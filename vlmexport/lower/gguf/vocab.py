@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlmexport.lower.gguf.special_ids import special_metadata, special_texts
 from vlmexport.lower.gguf.template import ImagePlace, TemplateResult, gguf_template
 from vlmexport.lower.gguf.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from vlmexport.model.family import MetaValue
-from vlmexport.runtime.llamacpp.prompt import image_place, prompt_builder, written_around
+from vlmexport.runtime.llamacpp.prompt import image_place, prompt_builder, spaced_start, written_around
 
 # Token types of llama.cpp (llama_token_type in llama.h).
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -89,7 +90,8 @@ def _chat_template(files: TokenizerFiles, own: Mapping[str, str]) -> TemplateRes
         return None
     try:
         builder = prompt_builder(files.folder)
-        place = ImagePlace(image_place(builder), *written_around(builder.processor))
+        start = partial(spaced_start, builder.tokenizer)
+        place = ImagePlace(image_place(builder), *written_around(builder.processor), start)
     except (BadInputError, TemplateError) as error:
         return TemplateResult(files.chat_template, changed=False, agrees=False, reason=str(error))
     return gguf_template(files.chat_template, place, files.special_tokens, own)

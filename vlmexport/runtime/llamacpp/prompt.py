@@ -55,6 +55,7 @@ def marked_prompt(builder: PromptBuilder, messages: str | list[dict[str, Any]], 
     text = builder.render(chat)
     if marker in text:
         raise BadInputError(f"the prompt must not contain {marker!r}, which stands for a picture in llama.cpp")
+    text = spaced_start(builder.tokenizer, text)
     if not images:
         return text
     place = image_place(builder)
@@ -64,6 +65,18 @@ def marked_prompt(builder: PromptBuilder, messages: str | list[dict[str, Any]], 
         )
     before, after = written_around(builder.processor)
     return text.replace(place, before + marker + after)
+
+
+def spaced_start(tokenizer: Any, text: str) -> str:
+    """`text` with the space in front that a ``Metaspace`` of the scheme "first" gives the very first word.
+
+    llama.cpp puts a space after every special token or nowhere, so it must stand in the text. It changes no ids of
+    `tokenizer`'s own: there is none before a special token or another space.
+    """
+    before_words = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    if getattr(before_words, "prepend_scheme", "") != "first":
+        return text
+    return text if not text or text.startswith((" ", *tokenizer.get_added_vocab())) else f" {text}"
 
 
 def image_place(builder: PromptBuilder) -> str:

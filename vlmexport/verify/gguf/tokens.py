@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlmexport.runtime.llamacpp.prompt import spaced_start
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.gguf.files import GgufPair
@@ -36,7 +37,8 @@ def probe_texts(tokenizer: Any) -> list[str]:
     """Texts that tell tokenizers apart: plain ones of many scripts, and every added token between words."""
     added = sorted(tokenizer.get_added_vocab(), key=lambda token: int(tokenizer.get_added_vocab()[token]))
     runs = [added[start : start + _SHOWN] for start in range(0, len(added), _SHOWN)]
-    return [*_PLAIN, *("".join(f"x{token}" for token in run) + " end" for run in runs)]
+    texts = [*_PLAIN, *("".join(f"x{token}" for token in run) + " end" for run in runs)]
+    return [spaced_start(tokenizer, text) for text in texts]
 
 
 def check_tokenizer(
