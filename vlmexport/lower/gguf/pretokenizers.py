@@ -146,7 +146,7 @@ def find_pre_tokenizer(steps: tuple[str, ...], ignore_merges: bool) -> PreTokeni
     if not found:
         raise UnsupportedModelError(
             f"pre-tokenizer {describe(steps)}: llama.cpp has no equivalent, its token ids would differ; "
-            "export with `vlmexport onnx` instead, or train the tokenizer with one of llama.cpp's (docs/gguf.md)"
+            f"export with `vlmexport onnx` instead (it has those of {', '.join(line.name for line in PRE_TOKENIZERS)})"
         )
     return next((line for line in found if line.ignore_merges == ignore_merges), found[0])
 
