@@ -9,10 +9,11 @@ longer, as in training: PEFT adapts modules, not the tensor that they share.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -23,6 +24,7 @@ from vlmexport.model.lora_names import ParameterNames
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Edit: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 _MATRIX_AXES = 2
 _MERGE = "merge the adapter into an export by --lora"
 
@@ -65,18 +67,16 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, base: str = "") -> M
     """
     places = _places(ParameterNames(model), adapter)
     whole: Any = model
-    known: dict[str, torch.Tensor] = dict(whole.named_parameters(remove_duplicate=False))
-    edits: dict[str, torch.Tensor] = {}
-    for name, tensor in adapter.whole.items():
-        edits[places[name]] = _same_shape(adapter, name, tensor, places[name], known[places[name]])
-    for module in (m for m in adapter.modules.values() if m.a is not None):
-        _adapt(whole, adapter, module, places, known, edits)
     tied = _tied_names(whole)
-    for module in (m for m in adapter.modules.values() if m.tokens is not None):
-        for name in tied.get(places[f"{module.name}.weight"], (places[f"{module.name}.weight"],)):
-            edits[name] = _with_rows(adapter, module, name, edits.get(name, known[name]))
-    changed = {name: _rounded(name, value, known[name]) for name, value in edits.items()}
-    changed = {name: value for name, value in changed.items() if not torch.equal(value, known[name])}
+    changed = {}
+    for name, edits in _edits(whole, adapter, places, tied).items():
+        parameter = whole.get_parameter(name)
+        value = parameter
+        for edit in edits:
+            value = edit(value)
+        value = _rounded(name, value, parameter)  # before the next one: only one is held in float32
+        if not torch.equal(value, parameter):
+            changed[name] = value
     untied = _install(whole, changed, tied)
     return MergedAdapter(
         adapter.source, adapter.path, adapter.files, tuple(sorted(changed)), untied, _notes(adapter, base)
@@ -129,24 +129,42 @@ def _places(names: ParameterNames, adapter: Adapter) -> dict[str, str]:
     return found
 
 
-def _adapt(
-    model: Any,
-    adapter: Adapter,
-    module: AdaptedModule,
-    places: Mapping[str, str],
-    known: Mapping[str, torch.Tensor],
-    edits: dict[str, torch.Tensor],
-) -> None:
-    """Add one module's low-rank update (and the bias of its `b`) to `edits`."""
-    name = places[f"{module.name}.weight"]
-    scaling = adapter.config.scaling(module.name)
-    delta = _same_shape(adapter, module.name, _delta(model, module, name), name, known[name])
-    value = edits.get(name, known[name]).float() + scaling * delta
-    edits[name] = value if module.magnitude is None else _with_magnitude(adapter, module, value)
-    if module.bias is not None:
-        bias = places[f"{module.name}.bias"]
-        added = _same_shape(adapter, f"{module.name}.lora_B.bias", module.bias, bias, known[bias])
-        edits[bias] = edits.get(bias, known[bias]).float() + scaling * added.float()
+def _edits(
+    model: Any, adapter: Adapter, places: Mapping[str, str], tied: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[_Edit]]:
+    """What is done to each parameter, in order: replaced, then adapted, then given new rows."""
+    found: dict[str, list[_Edit]] = defaultdict(list)
+    for name, tensor in adapter.whole.items():
+        place = places[name]
+        _same_shape(adapter, name, tensor, place, model.get_parameter(place))
+        found[place].append(partial(_replaced, tensor))
+    for module in (m for m in adapter.modules.values() if m.a is not None):
+        place = places[f"{module.name}.weight"]
+        found[place].append(partial(_adapted, model, adapter, module, place))
+        if module.bias is not None:
+            bias = places[f"{module.name}.bias"]
+            _same_shape(adapter, f"{module.name}.lora_B.bias", module.bias, bias, model.get_parameter(bias))
+            found[bias].append(partial(_added, module.bias, adapter.config.scaling(module.name)))
+    for module in (m for m in adapter.modules.values() if m.tokens is not None):
+        place = places[f"{module.name}.weight"]
+        for name in tied.get(place, (place,)):
+            found[name].append(partial(_with_rows, adapter, module, name))
+    return found
+
+
+def _replaced(tensor: torch.Tensor, _value: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _added(tensor: torch.Tensor, scaling: float, value: torch.Tensor) -> torch.Tensor:
+    return value.float() + scaling * tensor.float()
+
+
+def _adapted(model: Any, adapter: Adapter, module: AdaptedModule, name: str, value: torch.Tensor) -> torch.Tensor:
+    """`value` with one module's low-rank update, scaled to its magnitudes where it has them."""
+    delta = _same_shape(adapter, module.name, _delta(model, module, name), name, value)
+    made = _added(delta, adapter.config.scaling(module.name), value)
+    return made if module.magnitude is None else _with_magnitude(adapter, module, made)
 
 
 def _pair(module: AdaptedModule) -> tuple[torch.Tensor, torch.Tensor]:
