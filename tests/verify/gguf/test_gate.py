@@ -130,7 +130,7 @@ def test_damage_in_the_bytes_is_seen_without_running_them(q4_k_m, few, tmp_path,
             mutate.other_template,
             "processor",
             {
-                "gguf/chat_template[server]": "start|>User: <__media__> What is in ' where the model has",
+                "gguf/chat_template[server]": "start|>User: <__media__>What is in t' where the model has",
                 "gguf/chat_template[cli]": "llama-mtmd-cli, square: ",
             },
         ),

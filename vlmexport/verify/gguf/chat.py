@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmexport.errors import ArtifactError, BadInputError
+from vlmexport.runtime.llamacpp.chunks import IMAGE_ID
 from vlmexport.runtime.llamacpp.prompt import marked_prompt
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.gguf.files import GgufFile
-from vlmexport.verify.gguf.prompts import ChatTemplate, first_difference, ids_fault
+from vlmexport.verify.gguf.prompts import ChatTemplate, first_difference, ids_fault, prompt_ids
 from vlmexport.verify.gguf.reference import FullPrompt, FullReference
 from vlmexport.verify.inputs import Probe, draw_picture, standard_probes
 
@@ -75,11 +76,13 @@ def check_prompts(gate: Gate, reference: FullReference, runner: LlamaCppRunner) 
             if own is None:
                 continue
             found = runner.prompt(own[1], probe.images)
-            fault = ids_fault(found.ids, own[0].ids, reference.image_token_id)
+            ids = prompt_ids(found)
+            fault = ids_fault(ids, own[0].ids, reference.image_token_id)
             gate.verdict(name, "processor", "lowering", [fault] if fault else [], "prompts that differ")
             rows = int((own[0].ids == reference.image_token_id).sum())
-            if _counts_differ(found.image_tokens, rows, own[0].ids, reference):
-                cut.append(f"{probe.name}: llama.cpp makes {found.image_tokens} rows of its pictures, the model {rows}")
+            made = int((ids == IMAGE_ID).sum())
+            if _counts_differ(made, rows, own[0].ids, reference):
+                cut.append(f"{probe.name}: llama.cpp makes {made} rows of its pictures, the model {rows}")
             elif not fault and probe is not _LARGE:
                 pairs.append(Pair(probe.name, own[0], found))
     if reference.why_no_images:

@@ -13,7 +13,7 @@ from vlmexport.runtime.prompt import load_image
 from vlmexport.target import GgufLimits
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.gguf.chat import both_prompts
-from vlmexport.verify.gguf.prompts import ids_fault
+from vlmexport.verify.gguf.prompts import ids_fault, prompt_ids
 from vlmexport.verify.gguf.reference import FullReference
 from vlmexport.verify.quantization import Answers, judge_quantization
 from vlmexport.verify.questions import Question, is_correct
@@ -60,7 +60,7 @@ def _answer(
     found: Answers, reference: FullReference, runner: LlamaCppRunner, pictures: list[Image], question: Question
 ) -> None:
     own, cut = both_prompts(reference, runner, question.text, pictures)
-    if fault := ids_fault(cut.ids, own.ids, reference.image_token_id):
+    if fault := ids_fault(prompt_ids(cut), own.ids, reference.image_token_id):
         raise ValueError(f"{question.text[:40]!r}: {fault}")
     tokens = reference.answer(own, _SCORED_TOKENS if question.answers else _UNSCORED_TOKENS)
     wanted = reference.logits(own, tokens[:-1], len(tokens))

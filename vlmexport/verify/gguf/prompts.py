@@ -1,8 +1,8 @@
 """Prompts as users of llama.cpp get them: the chat template of the GGUF file itself, with markers for pictures.
 
-llama.cpp replaces every picture of a chat by its marker before it renders the template: its server as a content part
-of the type ``media_marker`` (or, for templates that take strings only, in one string), its command line in one string.
-What it then makes of the template depends on which of the two the template takes.
+llama.cpp replaces every picture of a chat by its marker before it renders the template, and joins the parts of such a
+message to one string; its server hands a message without pictures over as parts, its command line as a string. What
+it makes of either depends on whether the template takes strings, parts or both (common/chat.cpp, b11549).
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.errors import ArtifactError
+from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt
 from vlmexport.verify.gguf.files import GgufFile
 
 _IMAGE = -1
+# A token that llama.cpp looks up and does not find is -1 too; here it is told apart from a row of an image.
+NO_TOKEN = -2
 _TEXT_PROBE = "STRING_MARKER"
 
 
@@ -69,9 +72,9 @@ class ChatTemplate:
     def views(self, images: int, text: str, marker: str) -> Views:
         """Both views of one user turn: pictures first, then `text`. Raises `ArtifactError` when it does not render."""
         joined = marker * images + text
-        whole = joined if self.takes_text else [{"type": "text", "text": joined}]
-        parts = [*({"type": "media_marker", "text": marker} for _ in range(images)), {"type": "text", "text": text}]
-        return Views(server=self._render(parts if self.takes_parts else joined), cli=self._render(whole))
+        parts = [{"type": "text", "text": joined}]
+        cli = self._render(joined if self.takes_text else parts)
+        return Views(server=self._render(parts) if self.takes_parts and not images else cli, cli=cli)
 
     def _render(self, content: Any) -> str:
         messages = [{"role": "user", "content": content}]
@@ -105,7 +108,10 @@ def ids_fault(found: NDArray[np.int64], wanted: NDArray[np.int64], image_token_i
     rows, expected = int((found == _IMAGE).sum()), int((ours == _IMAGE).sum())
     if len(found) != len(ours):
         images = f", {rows} of them image rows where the model has {expected}" if rows != expected else ""
-        return f"{len(found)} tokens where the model has {len(ours)}{images}"
+        missing = f", {lost} of them in no vocabulary" if (lost := int((found == NO_TOKEN).sum())) else ""
+        return f"{len(found)} tokens where the model has {len(ours)}{images}{missing}"
+    if (found == NO_TOKEN).any():
+        return "llama.cpp writes tokens around pictures that the vocabulary does not have (tokenizer/image_tokens)"
     different = np.nonzero((found != ours) & ~((found == _IMAGE) & _between_image_tokens(ours)))[0]
     if not len(different):
         return ""
@@ -120,6 +126,18 @@ def _between_image_tokens(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     after = np.concatenate([image[1:], [False]])
     inner: NDArray[np.bool_] = before & after
     return inner
+
+
+def prompt_ids(prompt: LlamaPrompt) -> NDArray[np.int64]:
+    """The ids of a prompt, int64 ``[tokens]``: -1 for rows of images, `NO_TOKEN` for tokens that do not exist."""
+    ids = prompt.ids.copy()
+    start = 0
+    for chunk in prompt.chunks:
+        stop = start + (chunk.tokens if isinstance(chunk, ImageChunk) else len(chunk.ids))
+        if not isinstance(chunk, ImageChunk):
+            ids[start:stop][ids[start:stop] == _IMAGE] = NO_TOKEN
+        start = stop
+    return ids
 
 
 def first_difference(found: str, wanted: str) -> str:
