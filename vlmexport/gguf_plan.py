@@ -43,7 +43,7 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
         *_place("mmproj", vision, {name: weights[name] for name in others}, unused, {}),
         *_borrowed(vision, {own: (name, weights[name]) for name, own in text_names.items()}),
     ]
-    facts = _mix_facts(vlm, text)
+    facts = MixFacts.of_metadata(text.arch, text.metadata)
     tensors = [
         *_typed("text", text, placed, options, facts, _code_sources(vlm, options)),
         *_typed("mmproj", vision, placed, options, facts, frozenset()),
@@ -222,12 +222,6 @@ def _check_unique(placed: Sequence[_Placed]) -> None:
         if tensor.name in seen:
             raise UnsupportedModelError(f"{tensor.source} and {seen[tensor.name]} would both become {tensor.name}")
         seen[tensor.name] = tensor.source
-
-
-def _mix_facts(vlm: VLM, half: GgufHalf) -> MixFacts:
-    kv, text = vlm.facts.kv, vlm.config.get_text_config()
-    experts = int(half.metadata.get(f"{half.arch}.expert_count", 0))  # type: ignore[arg-type]
-    return MixFacts(half.arch, kv.layers, text.num_attention_heads, kv.heads, experts)
 
 
 def _code_sources(vlm: VLM, options: GgufOptions) -> frozenset[str]:

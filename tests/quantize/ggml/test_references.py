@@ -106,6 +106,13 @@ def test_references_are_of_the_pinned_llama_cpp() -> None:
     assert sum(file.stat().st_size for file in FOLDER.glob("*.json")) < 400_000
 
 
+def test_facts_are_read_where_llama_quantize_reads_them() -> None:
+    for source in SOURCES.values():
+        if source.half == "text":
+            metadata = {f"{source.facts.arch}.{key}": value for key, value in source.metadata.items()}
+            assert MixFacts.of_metadata(source.facts.arch, metadata) == source.facts
+
+
 def test_a_swapped_importance_changes_the_bytes() -> None:
     source, run = SOURCES["grouped"], Run("Q4_K_M", imatrix=True)
     _, known = expected(source, run)["blk.2.ffn_up.weight"]

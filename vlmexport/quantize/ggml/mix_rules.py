@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlmexport.errors import BadInputError
 from vlmexport.quantize.ggml.file_types import FileType
@@ -79,6 +80,17 @@ class MixFacts:
     kv_heads: int
     experts: int = 0
 
+    @classmethod
+    def of_metadata(cls, arch: str, metadata: Mapping[str, Any]) -> MixFacts:
+        """The facts in a text file's complete keys (``llama.block_count``), where llama-quantize reads them.
+
+        Raises KeyError when a key is missing that every file has.
+        """
+        layers, heads = metadata[f"{arch}.block_count"], metadata[f"{arch}.attention.head_count"]
+        kv_heads = metadata.get(f"{arch}.attention.head_count_kv", heads)
+        experts = metadata.get(f"{arch}.expert_count", 0)
+        return cls(arch, int(layers), _first(heads), _first(kv_heads), int(experts))
+
     @property
     def shared_heads(self) -> int:
         """Query heads of one key-value head."""
@@ -88,6 +100,10 @@ class MixFacts:
     def is_70b(self) -> bool:
         """The shapes that llama.cpp calls 70B, for which it has a rule of its own."""
         return self.layers == 80 and (self.arch == "qwen2" or (self.arch == "llama" and self.heads != self.kv_heads))
+
+
+def _first(value: int | Sequence[int]) -> int:
+    return int(value[0]) if isinstance(value, Sequence) else int(value)
 
 
 def role(name: str) -> str:
