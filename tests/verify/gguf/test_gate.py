@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.verify.gguf import mutate
 from vlmexport import demo, gguf_pipeline
+from vlmexport.demo.variants import make_outlier_variant
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.progress import SilentProgress
@@ -53,15 +54,20 @@ def codes(folder):
     return write("demo", folder / "codes", quant="Q4_1", scheme=scheme)
 
 
+def questions(file, step):
+    """Every `step`-th question of the bundled model, as a user's own file."""
+    rows = [
+        {"image": str(q.image), "question": q.question, "answers": list(q.answers), "task": q.task}
+        for q in demo.frozen_questions()[::step]
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture(scope="module")
 def few(folder):
-    """Three questions of the bundled model: the damage shows before any answer."""
-    lines = [json.loads(line) for line in demo.questions_file().read_text().splitlines()[:3]]
-    for line in lines:
-        line["image"] = str(demo.questions_file().parent / line["image"])
-    file = folder / "few.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    """Three questions: damage shows before any answer."""
+    return questions(folder / "few.jsonl", 500)
 
 
 def failures(report):
@@ -208,6 +214,16 @@ def test_a_vocabulary_without_the_tokens_around_images(tiny_idefics3, folder):
     """The tiny model's tokenizer has no token for two line feeds."""
     report = verify_files(*mutate.files_of(folder / "tiny"), model=str(tiny_idefics3))
     assert r"'\n\n' is not one token" in failures(report)["tokenizer/image_tokens"].reason
+
+
+def test_planted_outliers_under_plain_rounding_in_long_groups_fail_the_quantization_question(folder):
+    """Blocks of 32 hold the outliers apart (KL 5e-3); groups of 128 with one scale do not."""
+    variant = make_outlier_variant(demo.model_dir(), folder / "outliers")
+    scheme = QuantScheme(bits=4, group_size=128, symmetric=True)
+    export = write(variant, folder / "rtn-128", quant="Q4_0", scheme=scheme)
+    report = verify_artifact(export, samples=questions(folder / "some.jsonl", 26))
+    assert report.status_of("lowering") == "passed", failures(report)
+    assert {"quantization/kl", "quantization/perplexity_ratio"} <= failures(report).keys()
 
 
 def test_a_changed_file_is_refused(q4_k_m, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,15 +78,16 @@ def expected(reference: FullReference, pairs: Sequence[Pair]) -> list[Expected]:
 def check_lowering(
     gate: Gate, runner: LlamaCppRunner, subjects: Sequence[Expected], limits: LoweringLimits, image_token_id: int
 ) -> LoweringTotals:
-    """``vision_encoder/image_embeddings[probe]``, ``vision_encoder/encoder``, ``decoder/logits[probe]``, ``/greedy``.
+    """The ``vision_encoder/``, ``decoder/`` and ``processor/pictures`` checks of every prompt.
 
     Where both sides resize a picture to the very same pixels, what is left is the encoder's own error: the smallest of
-    the probes' is judged by the stricter limit.
+    the probes' is judged by the stricter limit. Where that is small, pictures with a large error were prepared in
+    another way.
     `runner` is exact: an F32 cache and no flash attention.
     """
     totals = LoweringTotals()
     parted: list[str] = []
-    errors: list[float] = []
+    errors: dict[str, float] = {}
     for subject in subjects:
         pair = subject.pair
         if subject.features is not None:
@@ -95,7 +96,7 @@ def check_lowering(
                 rows = _image_rows(runner.image_embeddings(pair.llama), pair, image_token_id, subject.features)
                 gate.close(name, "vision_encoder", "lowering", subject.features, rows, limits.prepared_rel)
                 if not metrics.output_fault(subject.features, rows):
-                    errors.append(metrics.relative_error(subject.features, rows))
+                    errors[pair.name] = metrics.relative_error(subject.features, rows)
         name = f"decoder/logits[{pair.name}]"
         with gate.guard(name, "decoder", "lowering"):
             found = _logits(runner, subject)
@@ -109,10 +110,25 @@ def check_lowering(
             if fault := _greedy_fault(runner, subject, largest):
                 parted.append(f"{pair.name}: {fault}")
     if errors:
-        gate.at_most("vision_encoder/encoder", "vision_encoder", "lowering", min(errors), limits.encoder_rel)
+        _check_pictures(gate, errors, limits)
     if subjects:
         gate.verdict("decoder/greedy", "decoder", "lowering", parted, "answers that differ")
     return totals
+
+
+def _check_pictures(gate: Gate, errors: Mapping[str, float], limits: LoweringLimits) -> None:
+    best = min(errors.values())
+    gate.at_most("vision_encoder/encoder", "vision_encoder", "lowering", best, limits.encoder_rel)
+    if best > limits.encoder_rel:
+        gate.not_run("processor/pictures", "processor", "lowering", "the encoder itself differs on every picture")
+        return
+    faults = [
+        f"{name}: llama.cpp prepares this picture in another way than the model's processor (its padding, size or "
+        f"filter): relative error {error:.2g}, where the encoder's own is {best:.2g}"
+        for name, error in errors.items()
+        if not error <= limits.prepared_rel
+    ]
+    gate.verdict("processor/pictures", "processor", "lowering", faults, "pictures that differ")
 
 
 def check_shipped(

@@ -43,6 +43,7 @@ _Named = tuple[tuple[str, str, Side], ...]
 _LOWERING: _Named = (
     ("vision_encoder/image_embeddings", "vision_encoder", "lowering"),
     ("vision_encoder/encoder", "vision_encoder", "lowering"),
+    ("processor/pictures", "processor", "lowering"),
     ("decoder/logits", "decoder", "lowering"),
     ("decoder/greedy", "decoder", "lowering"),
     ("decoder/shipped_kl", "decoder", "lowering"),

@@ -122,7 +122,7 @@ def value_fault(stored: StoredTensor, expected: torch.Tensor, limit: tuple[float
     matrix = expected.float().reshape(len(stored.data), -1)
     if stored.type in EXACT_TYPES:
         return _float_fault(stored, matrix)
-    found = _rounding(stored, matrix)
+    found = rounding_of(stored, matrix)
     if not found.relative <= limit[0]:
         return f"relative RMS error {found.relative:.3g} for {stored.type} (limit {limit[0]:g})"
     if not found.worst <= limit[1]:
@@ -145,7 +145,8 @@ def _float_fault(stored: StoredTensor, matrix: torch.Tensor) -> str:
     return f"{different} of {matrix.numel()} values are not the weight's {stored.type} (by up to {largest:.3g})"
 
 
-def _rounding(stored: StoredTensor, matrix: torch.Tensor) -> Rounding:
+def rounding_of(stored: StoredTensor, matrix: torch.Tensor) -> Rounding:
+    """The rounding error of a tensor against the weight ``[rows, columns]``, float32, that it was made from."""
     block = max(ggml_type(stored.type).block, _SUB_BLOCK)
     found = Rounding()
     scale = float(matrix.double().square().mean()) if matrix.numel() else 0.0
