@@ -98,7 +98,7 @@ def make_tokenizer(vocab: int) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[*special, "<global-img>", *rows],
+        special_tokens=[*special, "<global-img>", *rows, "\n\n"],
         initial_alphabet=alphabet,
         show_progress=False,
     )

@@ -83,9 +83,12 @@ def _load(model: str, lora: str | None, trust_remote_code: bool, progress: Progr
 
 
 def _vocabulary(vlm: VLM, plan: GgufPlan) -> Vocabulary:
+    from vlmexport.lower.gguf.mismatches import require_tokens
     from vlmexport.lower.gguf.vocab import read_vocabulary
 
-    return read_vocabulary(vlm.path, plan.arch, vlm.model.get_input_embeddings().weight.shape[0])
+    vocabulary = read_vocabulary(vlm.path, plan.arch, vlm.model.get_input_embeddings().weight.shape[0])
+    notes = require_tokens(plan.projector, vocabulary.metadata)
+    return dataclasses.replace(vocabulary, notes=(*vocabulary.notes, *notes))
 
 
 def _decoder_weights(
