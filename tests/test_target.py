@@ -82,5 +82,5 @@ def test_limits_are_needed_for_every_tensor_type() -> None:
         parse_target(data, "llamacpp")
     data = raw("llamacpp")
     data["parity"]["weights_importance"]["Q4_K"] = 0.1  # type: ignore[index]
-    with pytest.raises(BadInputError, match="Q4_K must be two numbers \(tensor, worst block\)"):
+    with pytest.raises(BadInputError, match="Q4_K must be two numbers, of a tensor and of its worst block"):
         parse_target(data, "llamacpp")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner
-from vlmexport.target import ParityLimits
+from vlmexport.target import LossLimits
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.parts import merged_inputs
@@ -144,7 +144,7 @@ def collect_answers(
     return found
 
 
-def judge_quantization(gate: Gate, found: Answers, limits: ParityLimits) -> QuantizationSummary:
+def judge_quantization(gate: Gate, found: Answers, limits: LossLimits) -> QuantizationSummary:
     """``quantization/kl``, ``/top1``, ``/perplexity_ratio`` and, for scored questions, ``/accuracy``."""
     summary = found.summary()
     question: Question = "quantization"

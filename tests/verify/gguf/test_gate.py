@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.verify.gguf import mutate
 from vlmexport import demo, gguf_pipeline
+from vlmexport.cli.main import run as main
 from vlmexport.demo.variants import make_outlier_variant
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.gguf_options import GgufOptions
@@ -209,13 +210,6 @@ def test_a_model_that_does_not_split_images_is_told_that_llama_cpp_does(folder, 
     assert {"quantization/answers", "processor/prompt_ids[square]"} <= failures(report).keys()
 
 
-@pytest.mark.usefixtures("no_llama_cpp")
-def test_a_vocabulary_without_the_tokens_around_images(tiny_idefics3, folder):
-    """The tiny model's tokenizer has no token for two line feeds."""
-    report = verify_files(*mutate.files_of(folder / "tiny"), model=str(tiny_idefics3))
-    assert r"'\n\n' is not one token" in failures(report)["tokenizer/image_tokens"].reason
-
-
 def test_planted_outliers_under_plain_rounding_in_long_groups_fail_the_quantization_question(folder):
     """Blocks of 32 hold the outliers apart (KL 5e-3); groups of 128 with one scale do not."""
     variant = make_outlier_variant(demo.model_dir(), folder / "outliers")
@@ -256,6 +250,17 @@ def test_without_the_original_only_the_files_are_judged(q4_k_m, tmp_path):
     missing = {c.name for c in report.not_run()}
     assert {"gguf/values", "gguf/pairing", "decoder/logits", "quantization/kl", "gguf/chat_template"} <= missing
     assert all("could not be loaded" in c.reason for c in report.not_run())
+
+
+def test_loose_files_from_the_command_line(q4_k_m, few, tmp_path):
+    text, mmproj = map(str, mutate.files_of(q4_k_m))
+    page, junit, data = (tmp_path / name for name in ("gate.html", "gate.xml", "gate.json"))
+    asked = ["verify", text, "--mmproj", mmproj, "--model", "demo", "--samples", str(few), "-q"]
+    assert main([*asked, "--html", str(page), "--junit", str(junit), "--json", str(data)]) == 0
+    assert json.loads(data.read_text())["status"] == "passed"
+    assert "llama.cpp against PyTorch with the weights that the files hold." in page.read_text()
+    assert 'name="gguf/pairing"' in junit.read_text()
+    assert main(["verify", text, "-q"]) == 2
 
 
 @pytest.mark.usefixtures("no_llama_cpp")

@@ -46,6 +46,9 @@ class Stand:
     def forced(self, prompt, answer):
         return self._logits(prompt)[TAIL - 1 :]
 
+    def reserve(self, tokens):
+        pass
+
     def greedy(self, prompt, limit):
         return self.answer or self.known[prompt.name].answer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,6 @@ from vlmexport.verify.gguf.reference import FullPrompt, FullReference
 from vlmexport.verify.inputs import Probe, draw_picture, standard_probes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vlmexport.runtime.llamacpp.chunks import LlamaPrompt
 
 # Larger than one tile of the encoders that cut pictures into tiles.
@@ -53,14 +51,6 @@ def words(reference: FullReference, text: str, images: int, marker: str) -> Word
         return Words(reference.render(images, text), marked_prompt(builder, text, images, marker))
     token = str(getattr(builder.processor, "image_token", "<image>"))
     return Words(f"{token * images}\n{text}", f"{marker * images}\n{text}")
-
-
-def both_prompts(
-    reference: FullReference, runner: LlamaCppRunner, text: str, images: Sequence[Image]
-) -> tuple[FullPrompt, LlamaPrompt]:
-    """The question through the model's own processor and through llama.cpp."""
-    made = words(reference, text, len(images), runner.marker)
-    return reference.encode(made.rendered, images), runner.prompt(made.marked, images)
 
 
 def check_prompts(gate: Gate, reference: FullReference, runner: LlamaCppRunner) -> list[Pair]:

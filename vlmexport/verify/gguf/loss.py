@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmexport.calibrate.synthetic import TEST_SEEDS, samples
+from vlmexport.errors import BadInputError
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.runtime.prompt import load_image
+from vlmexport.runtime.protocol import PartOutputError
 from vlmexport.target import GgufLimits
-from vlmexport.verify.gates import Gate
-from vlmexport.verify.gguf.chat import both_prompts
+from vlmexport.verify.gates import Gate, NotRunError
+from vlmexport.verify.gguf.chat import words
 from vlmexport.verify.gguf.prompts import ids_fault, prompt_ids
 from vlmexport.verify.gguf.reference import FullReference
 from vlmexport.verify.quantization import Answers, judge_quantization
@@ -59,9 +61,17 @@ def _items(asked: Sequence[Question], drawn: int) -> Iterator[tuple[list[Image],
 def _answer(
     found: Answers, reference: FullReference, runner: LlamaCppRunner, pictures: list[Image], question: Question
 ) -> None:
-    own, cut = both_prompts(reference, runner, question.text, pictures)
+    made = words(reference, question.text, len(pictures), runner.marker)
+    try:
+        own = reference.encode(made.rendered, pictures)
+    except (BadInputError, ValueError, TypeError) as error:
+        raise NotRunError(
+            f"the model's own processor refuses a prompt: {' '.join(str(error).split())[:200]}"
+        ) from error
+    cut = runner.prompt(made.marked, pictures)
     if fault := ids_fault(prompt_ids(cut), own.ids, reference.image_token_id):
-        raise ValueError(f"{question.text[:40]!r}: {fault}")
+        raise PartOutputError("processor", f"{question.text[:40]!r}: {fault}")
+    runner.reserve(len(cut.ids) + _SCORED_TOKENS)
     tokens = reference.answer(own, _SCORED_TOKENS if question.answers else _UNSCORED_TOKENS)
     wanted = reference.logits(own, tokens[:-1], len(tokens))
     logits = runner.forced(cut, tokens)

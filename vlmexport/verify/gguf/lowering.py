@@ -90,6 +90,7 @@ def check_lowering(
     errors: dict[str, float] = {}
     for subject in subjects:
         pair = subject.pair
+        runner.reserve(len(pair.llama.ids) + len(subject.answer))
         if subject.features is not None:
             name = f"vision_encoder/image_embeddings[{pair.name}]"
             with gate.guard(name, "vision_encoder", "lowering"):
@@ -140,6 +141,7 @@ def check_shipped(
     """
     with gate.guard("decoder/shipped_kl", "decoder", "lowering"):
         for subject in subjects:
+            runner.reserve(len(subject.pair.llama.ids) + len(subject.answer))
             found = _logits(runner, subject)
             totals.kl += metrics.kl_per_token(subject.logits, found).tolist()
             totals.agreed += (subject.logits.argmax(-1) == found.argmax(-1)).tolist()

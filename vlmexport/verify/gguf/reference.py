@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vlmexport.errors import BadInputError
 from vlmexport.runtime.llamacpp.prompt import TextBuilder
 from vlmexport.runtime.prompt import PromptBuilder, special_tokens
-from vlmexport.runtime.protocol import Array, ModelInputs
+from vlmexport.runtime.protocol import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,8 @@ class FullPrompt:
     @property
     def ids(self) -> NDArray[np.int64]:
         """Token ids, int64 ``[tokens]``; image tokens as the processor wrote them."""
-        return np.asarray(self.inputs["input_ids"])[0].astype(np.int64)
+        ids: NDArray[np.int64] = self.inputs["input_ids"][0].numpy().astype(np.int64)
+        return ids
 
 
 class FullReference:
@@ -132,11 +133,6 @@ class FullReference:
         finally:
             for name, value in before.items():
                 known[name].data = value
-
-
-def model_inputs(prompt: FullPrompt) -> ModelInputs:
-    """`prompt` in the form that `vlmexport.verify.quantization.Item` holds."""
-    return ModelInputs(prompt.ids[None], {})
 
 
 def load_full(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> FullReference:
