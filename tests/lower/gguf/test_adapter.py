@@ -31,6 +31,7 @@ from vlmexport.runtime.prompt import PromptBuilder
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUESTION = "Is the red star left of the blue circle? Count the green squares."
 PICTURES = [scene(TEST_SEEDS[0]).image]
+WITH_PICTURES = 1e-5  # the limit: llama.cpp's vision encoder rounds in places to F16
 SAME, DIFFERENT = 1e-8, 1e-2  # measured: 2e-11 at most, and 0.3 at least
 
 
@@ -110,7 +111,7 @@ def test_with_a_picture(base: tuple[Path, Path], text_pairs: dict[str, torch.Ten
     adapter = write_adapter(tmp_path / "adapter", text_pairs)
     made = export_lora(str(adapter), tmp_path / "adapter.gguf", base="demo")
     found = llama_logits(base, made.path, pictures=1)
-    assert divergence(merged_logits(adapter, pictures=1), found) <= SAME
+    assert divergence(merged_logits(adapter, pictures=1), found) <= WITH_PICTURES
     assert divergence(merged_logits(None, pictures=1), found) > DIFFERENT
 
 
