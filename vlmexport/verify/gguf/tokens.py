@@ -21,7 +21,7 @@ _PLAIN = (
 _SHOWN = 20
 # What mtmd.cpp (llama.cpp b11549) writes around pictures, by projector: looked up as one token each, or tokenized.
 _WRITTEN = {
-    "idefics3": ("\n\n", "\n", "<fake_token_around_image>", "<global-img>"),
+    "idefics3": ("\n\n", "\n", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"),
     "qwen2vl_merger": ("<|vision_start|>", "<|vision_end|>"),
     "qwen2.5vl_merger": ("<|vision_start|>", "<|vision_end|>"),
     "qwen3vl_merger": ("<|vision_start|>", "<|vision_end|>"),
@@ -29,7 +29,9 @@ _WRITTEN = {
     "pixtral": ("[IMG_END]",),
     "internvl": ("<img>", "</img>"),
     "llama4": ("<|image_start|>", "<|image_end|>"),
-    "lfm2": ("<|image_start|>", "<|image_end|>"),
+    "lfm2": ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|img_row_1_col_1|>"),
+    "mlp": (),
+    "mlp_norm": (),
 }
 
 
