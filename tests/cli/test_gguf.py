@@ -15,7 +15,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_an_export_has_both_files_and_the_lines_that_run_them(tmp_path: Path, capsys: Capture) -> None:
     out, report = tmp_path / "out", tmp_path / "result.json"
-    options = ["--imatrix", "none", "--no-verify", "--json", str(report), "-q"]
+    options = ["--imatrix", "none", "--no-verify", "--json", str(report)]
     assert run(["gguf", "--model", "demo", "--out", str(out), *options]) == 0
     printed = capsys.readouterr().out
     artifact = open_artifact(out)
@@ -44,7 +44,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--quant", "Q4_K_X"], "choose one of F32"),
-        (["--mmproj-type", "q9"], "q9"),
+        (["--mmproj-type", "q9"], "'Q9' is no GGUF file type"),
         (["--tensor-type", "ffn_down"], "REGEX=TYPE"),
         (["--tensor-type", "nothing=Q8_0"], "nothing"),
         (["--imatrix", "nowhere.dat"], "no such file"),
