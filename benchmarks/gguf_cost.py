@@ -46,6 +46,7 @@ class Cost:
 def main() -> int:
     """Measure both sides of every size; print the medians, the ratios and the bars."""
     args = _arguments()
+    install_peer_packages(args.work / "peer-packages")
     report = {}
     for name in args.size or list(SIZES):
         model = make_model(SIZES[name], args.work)
@@ -60,6 +61,13 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
     return 0
+
+
+def install_peer_packages(folder: Path) -> None:
+    """What the converter imports beyond our own dependencies, in a folder of its own that only it sees."""
+    if not folder.is_dir():
+        pip = [PYTHON, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "sentencepiece"]
+        subprocess.run(pip, check=True)
 
 
 def make_model(size: TextSize, work: Path) -> Path:
@@ -97,19 +105,20 @@ def _llama_cpp(model: Path, args: argparse.Namespace, out: Path) -> dict[str, Co
     out.mkdir(parents=True)
     convert = [PYTHON, str(ROOT / "benchmarks" / "peer_convert_hf.py"), str(args.llama_cpp), str(model)]
     text, small = out / "text-f16.gguf", out / "text-q4.gguf"
+    packages = args.work / "peer-packages"
     costs = {
-        "converter": run([*convert, "--outtype", "f16", "--outfile", str(text)]),
-        "llama-quantize": run([str(args.llama_quantize), str(text), str(small), "Q4_K_M", "2"]),
-        "mmproj": run([*convert, "--mmproj", "--outtype", "f16", "--outfile", str(out / "mmproj.gguf")]),
+        "converter": run([*convert, "--outtype", "f16", "--outfile", str(text)], packages),
+        "llama-quantize": run([str(args.llama_quantize), str(text), str(small), "Q4_K_M", "2"], packages),
+        "mmproj": run([*convert, "--mmproj", "--outtype", "f16", "--outfile", str(out / "mmproj.gguf")], packages),
     }
     shutil.rmtree(out)
     return costs
 
 
-def run(command: list[str]) -> Cost:
+def run(command: list[str], packages: Path = ROOT) -> Cost:
     """Run `command` to its end; raises RuntimeError with its last words when it fails."""
     start = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": f"{ROOT}:{packages}"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     )

@@ -3,19 +3,12 @@
 The converter knows tokenizers by a hash of ids, which a random model's cannot match; only that look-up is answered.
 """
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 sources = Path(sys.argv[1])
 sys.path[:0] = [str(sources), str(sources / "gguf-py")]
-
-if importlib.util.find_spec("sentencepiece") is None:  # imported first, used only where there is a tokenizer.model
-    stand_in = ModuleType("sentencepiece")
-    stand_in.SentencePieceProcessor = None  # type: ignore[attr-defined]
-    sys.modules["sentencepiece"] = stand_in
 
 from conversion.base import TextModel  # noqa: E402 (it lies in the sources)
 

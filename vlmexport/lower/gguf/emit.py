@@ -30,7 +30,7 @@ from vlmexport.quantize.weights import DecoderWeights
 if TYPE_CHECKING:
     import torch
 
-_CHUNK_VALUES = 4 << 20
+_CHUNK_VALUES = 1 << 20
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _FLOATS = ("F32", "F16", "BF16")
 
