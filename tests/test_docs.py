@@ -28,14 +28,14 @@ def documented_keys(command: str) -> set[str]:
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan onnx", "plan gguf", "doctor", "gguf", "quantize", "sensitivity"])
-def test_every_json_key_is_documented(command: str, tiny_llava: Path, tmp_path: Path) -> None:
+def test_every_json_key_is_documented(command: str, tiny_llava: Path, tiny_idefics3: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     arguments = {
         "inspect": [str(tiny_llava)],
         "plan onnx": ["--model", str(tiny_llava)],
-        "plan gguf": ["--model", str(tiny_llava)],
+        "plan gguf": ["--model", str(tiny_idefics3)],
         "doctor": [],
-        "gguf": ["--model", str(tiny_llava), "--out", str(tmp_path / "g"), "--imatrix", "none", "--no-verify"],
+        "gguf": ["--model", str(tiny_idefics3), "--out", str(tmp_path / "g"), "--imatrix", "none", "--no-verify"],
         "quantize": ["--model", str(tiny_llava), "--out", str(tmp_path / "q"), "--quant", "rtn", "--no-verify"],
         "sensitivity": [str(tiny_llava), "--calibration-samples", "4"],
     }[command]

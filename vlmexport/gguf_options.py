@@ -1,4 +1,4 @@
-"""`GgufOptions`, `GgufTensor` and `GgufPlan`: what ``vlmexport gguf`` was asked for, and what it does to every weight."""
+"""`GgufOptions`, `GgufTensor`, `GgufPlan`: what ``vlmexport gguf`` was asked for and what it does to every weight."""
 
 from __future__ import annotations
 

@@ -149,14 +149,11 @@ def _package(
     folder: Path,
 ) -> Artifact:
     from vlmexport.gguf_card import gguf_card
-    from vlmexport.manifest import FOLDED_NAME, KeptTensor, Manifest, PartFile
+    from vlmexport.manifest import KeptTensor, Manifest, PartFile
     from vlmexport.package import copy_model_files, source_facts, tool_versions
 
     copy_model_files(vlm.path, folder)
-    if folded := weights.weights.folded():
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in folded.items()}, folder / FOLDED_NAME)
+    _write_calibration(weights, plan, folder)
     parts = {"decoder": PartFile(names["text"], (), ()), "vision_encoder": PartFile(names["mmproj"], (), ())}
     kept = tuple(
         KeptTensor(t.source, "decoder" if t.file == "text" else "vision_encoder", t.type, t.reason)
@@ -168,7 +165,7 @@ def _package(
         target="llamacpp",
         created_by=tool_versions(),
         source=source_facts(vlm),
-        model=_model(vlm, plan, vocabulary),
+        model=_model(vlm, plan, [*vocabulary.notes, *plan.notes, *weights.notes], vocabulary),
         plan=plan.to_dict(),
         parts=parts,
         quantized=records,
@@ -180,7 +177,25 @@ def _package(
     return write_manifest(folder, manifest)
 
 
-def _model(vlm: VLM, plan: GgufPlan, vocabulary: Vocabulary) -> dict[str, Any]:
+def _write_calibration(weights: GgufWeights, plan: GgufPlan, folder: Path) -> None:
+    """What the calibration made and llama.cpp's own tools or the gate can read: importances, and moved scales.
+
+    Of the scales the factors alone, since with ``--smooth awq`` most of the model's weights are changed by them.
+    """
+    from safetensors.torch import save
+
+    from vlmexport.manifest import FOLDS_NAME, IMATRIX_NAME
+    from vlmexport.quantize.fold import folds_to_tensors
+    from vlmexport.quantize.ggml.imatrix import write_imatrix
+
+    if weights.imatrix is not None and not weights.source:
+        write_imatrix(folder / IMATRIX_NAME, weights.imatrix)
+    folds = {name: fold for name, fold in weights.weights.folds.items() if name not in plan.schemes}
+    if folds:
+        (folder / FOLDS_NAME).write_bytes(save(folds_to_tensors(folds)))
+
+
+def _model(vlm: VLM, plan: GgufPlan, notes: list[str], vocabulary: Vocabulary) -> dict[str, Any]:
     kv = vlm.facts.kv
     return {
         "architecture": vlm.facts.architecture,
@@ -197,7 +212,7 @@ def _model(vlm: VLM, plan: GgufPlan, vocabulary: Vocabulary) -> dict[str, Any]:
             "mmproj_type": plan.options.mmproj_type,
             "probe_text": vocabulary.probe_text,
             "probe_ids": list(vocabulary.probe_ids),
-            "notes": [*vocabulary.notes, *plan.notes],
+            "notes": notes,
         },
     }
 

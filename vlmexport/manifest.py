@@ -18,6 +18,9 @@ from vlmexport.errors import ArtifactError
 MANIFEST_NAME = "manifest.json"
 # The floats that calibration changed (norms and biases into which scales were folded), for the gate's reference.
 FOLDED_NAME = "folded.safetensors"
+# The factors by which weights of a GGUF export were changed, and the importances that its types were chosen by.
+FOLDS_NAME = "folds.safetensors"
+IMATRIX_NAME = "imatrix.gguf"
 # The prompt graph of ``--prefill int8``: a part like the others, with matrices of its own.
 PREFILL_PART = "decoder_prefill"
 MANIFEST_FORMAT = "vlmexport"

@@ -1,7 +1,7 @@
 import torch
 
 from tests.quantize.data import weight
-from vlmexport.quantize.fold import Fold
+from vlmexport.quantize.fold import Fold, folds_from_tensors, folds_to_tensors
 
 
 def factors(count: int, seed: int) -> torch.Tensor:
@@ -38,3 +38,15 @@ def test_experts_have_factors_of_their_own() -> None:
     for expert in range(2):
         alone = Fold(rows[expert], columns[expert]).apply(packed[expert])
         assert torch.equal(Fold(rows, columns).apply(packed)[expert], alone)
+
+
+def test_folds_survive_being_stored() -> None:
+    folds = {
+        "norm.weight": Fold(rows=torch.tensor([2.0, 0.5]), offset=1.0),
+        "layers.0.up.weight": Fold(rows=torch.rand(3), columns=torch.rand(4)),
+    }
+    weight = torch.randn(3, 4)
+    found = folds_from_tensors(folds_to_tensors(folds))
+    assert list(found) == list(folds)
+    assert found["norm.weight"].columns is None and found["norm.weight"].offset == 1
+    assert torch.equal(found["layers.0.up.weight"].apply(weight), folds["layers.0.up.weight"].apply(weight))

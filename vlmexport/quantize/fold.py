@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+_END = "|"  # between a weight's name and what of its fold a tensor holds
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,25 @@ def _product(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tens
     if one is None or other is None:
         return other if one is None else one
     return one * other
+
+
+def folds_to_tensors(folds: Mapping[str, Fold]) -> dict[str, torch.Tensor]:
+    """The folds of weights by name as float32 tensors to be stored: ``<weight>|rows``, ``|columns``, ``|offset``."""
+    found: dict[str, torch.Tensor] = {}
+    for name, fold in folds.items():
+        parts = {"rows": fold.rows, "columns": fold.columns, "offset": torch.tensor(fold.offset)}
+        found |= {f"{name}{_END}{key}": part.float().contiguous() for key, part in parts.items() if part is not None}
+    return found
+
+
+def folds_from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Fold]:
+    """Read `folds_to_tensors`'s tensors back; raises KeyError where a weight's offset is missing."""
+    names = dict.fromkeys(name.rpartition(_END)[0] for name in tensors)
+    return {
+        name: Fold(
+            tensors.get(f"{name}{_END}rows"),
+            tensors.get(f"{name}{_END}columns"),
+            float(tensors[f"{name}{_END}offset"]),
+        )
+        for name in names
+    }

@@ -25,9 +25,7 @@ class GgufFile:
     every tensor in the same order. `tensors` hold the shapes (numpy order), types and byte counts.
     """
 
-    def __init__(
-        self, path: Path, arch: str, metadata: Mapping[str, MetaValue], tensors: Iterable[GgufTensor]
-    ) -> None:
+    def __init__(self, path: Path, arch: str, metadata: Mapping[str, MetaValue], tensors: Iterable[GgufTensor]) -> None:
         self._writer: Any = gguf.GGUFWriter(path, arch)
         self._left = {t.name: t.bytes for t in tensors}
         for key, value in metadata.items():

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError, VlmExportError
 from vlmexport.gguf_options import GgufOptions, GgufTensor, tensors_from_dict
 from vlmexport.gguf_plan import plan_gguf
-from vlmexport.manifest import Artifact, file_sha256
+from vlmexport.manifest import FOLDS_NAME, Artifact, file_sha256
 from vlmexport.progress import Progress, SilentProgress
+from vlmexport.quantize.fold import Fold, folds_from_tensors
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.target import GgufLimits, load_target
 from vlmexport.verify.gates import Gate
@@ -28,7 +29,7 @@ from vlmexport.verify.gguf.tokens import check_tokenizer, check_written_tokens
 from vlmexport.verify.gguf.values import check_pairing, check_values, rebuilt_weights
 from vlmexport.verify.quantization import Answers
 from vlmexport.verify.questions import Amount, Question, bundled_questions, load_questions
-from vlmexport.verify.reference import changed_source_files, folded_weights, original_source
+from vlmexport.verify.reference import changed_source_files, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
 from vlmexport.verify.threads import SMALL_EXPORT_BYTES, good_threads, torch_threads
@@ -246,9 +247,17 @@ def _check_weights(subject: _Subject, reference: FullReference | None, why_not: 
 
 
 def _stored_weights(subject: _Subject, reference: FullReference) -> dict[str, torch.Tensor]:
-    """The model's weights as they were written: those that calibration changed come from the export's own file."""
+    """The model's weights as they were written: with the scales that the export says calibration moved."""
     weights = reference.weights()
-    return {**weights, **({} if subject.artifact is None else folded_weights(subject.artifact))}
+    return {**weights, **{name: fold.apply(weights[name]) for name, fold in _folds(subject.artifact).items()}}
+
+
+def _folds(artifact: Artifact | None) -> dict[str, Fold]:
+    from safetensors.torch import load_file
+
+    if artifact is None or FOLDS_NAME not in artifact.manifest.files:
+        return {}
+    return folds_from_tensors(load_file(artifact.path / FOLDS_NAME))
 
 
 def _recorded_probe(artifact: Artifact | None) -> tuple[str, list[int]] | None:
