@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.model.importers.encoders import make_gptq
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.gguf_options import GgufPlan, gguf_options, tensors_from_dict
 from vlmexport.gguf_plan import plan_gguf
@@ -88,7 +90,7 @@ def test_the_plan_survives_its_json(vlm: VLM) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_with_the_choices(vlm: VLM, arguments: dict[str, object], words: str) -> None:
-    with pytest.raises(BadInputError, match=words.replace("(", r"\(")):
+    with pytest.raises(BadInputError, match=re.escape(words)):
         plan_gguf(vlm, gguf_options(**arguments))  # type: ignore[arg-type]
 
 
@@ -102,10 +104,22 @@ def test_a_weight_without_a_place_is_an_error(vlm: VLM, monkeypatch: pytest.Monk
         return dataclasses.replace(half, rules=tuple(r for r in half.rules if "post_attention" not in r.source))
 
     monkeypatch.setattr(gguf_llama, "text", without_norms)
-    with pytest.raises(UnsupportedModelError, match="post_attention_layernorm.weight has no place"):
+    with pytest.raises(UnsupportedModelError, match=r"post_attention_layernorm\.weight has no place"):
         plan_gguf(vlm, gguf_options())
 
 
 def test_an_unknown_family_is_refused(tiny_vipllava: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="vipllava"):
         plan_gguf(load_vlm(str(tiny_vipllava)), gguf_options())
+
+
+def test_codes_of_a_quantized_checkpoint_are_kept_unless_a_type_is_named(tiny_idefics3: Path, tmp_path: Path) -> None:
+    kept = load_vlm(str(make_gptq(tiny_idefics3, tmp_path / "gptq")[0]))
+    plan = plan_gguf(kept, gguf_options(named=False))
+    assert plan.options.quant == "Q4_0"
+    assert plan.schemes.keys() == kept.quantized.formats.keys()  # type: ignore[union-attr]
+    again = plan_gguf(kept, gguf_options("Q4_K_M"))
+    assert not again.schemes
+    assert "rounded again" in again.notes[-1]
+    with pytest.raises(BadInputError, match="already quantized"):
+        plan_gguf(kept, gguf_options("awq"))

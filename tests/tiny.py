@@ -86,7 +86,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def make_tokenizer(vocab: int) -> Any:
     """A byte-level BPE tokenizer of at most `vocab` entries, special tokens included."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
@@ -97,12 +97,13 @@ def make_tokenizer(vocab: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[*special, "<global-img>", *rows, "\n\n"],
+        vocab_size=vocab - 1,
+        special_tokens=[*special, "<global-img>", *rows],
         initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])  # as SmolVLM's has; llama.cpp needs it
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",

@@ -29,6 +29,8 @@ class GgufOptions:
     without loss as Q4_0, Q4_1 or Q8_0, and `quant` is that type. `smooth` folds AWQ's scales into the weights before
     they are quantized. `imatrix`: made from the calibration (``auto``), none, or a file of llama.cpp's. `tensor_types`
     are (regular expression, type) pairs, first match wins. `compatible` follows llama-quantize where it has a quirk.
+    `named` says that the user asked for `quant`: it is no default then that gives way to the codes of a quantized
+    checkpoint.
     """
 
     quant: str = "Q4_K_M"
@@ -38,6 +40,7 @@ class GgufOptions:
     smooth: Literal["none", "awq"] = "none"
     scheme: QuantScheme | None = None
     compatible: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def gguf_options(
     bits: int | str = 4,
     symmetric: bool = True,
     compatible: bool = False,
+    named: bool = True,
 ) -> GgufOptions:
     """`GgufOptions` from what a user types; `quant` is a file type or an algorithm, `imatrix` may be a file's path.
 
@@ -132,7 +136,7 @@ def gguf_options(
     source: Importance | Path = imatrix if imatrix in ("auto", "none") else Path(imatrix)  # type: ignore[assignment]
     if isinstance(source, Path) and not source.is_file():
         raise BadInputError(f"--imatrix {imatrix}: no such file; give auto, none or a file of llama-imatrix")
-    options = GgufOptions(quant.upper(), mmproj_type.upper(), source, types, smooth, None, compatible)
+    options = GgufOptions(quant.upper(), mmproj_type.upper(), source, types, smooth, None, compatible, named)
     if quant.lower() in ALGORITHMS:
         if smooth != "none":
             raise BadInputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from vlmexport.families import gguf_text_module, gguf_vision_module
 from vlmexport.gguf_options import File, GgufOptions, GgufPlan, GgufTensor
 from vlmexport.model.family import GgufHalf, TensorRule, Transform
 from vlmexport.quantize.ggml import values
+from vlmexport.quantize.ggml.code_types import BLOCK, codes_type
 from vlmexport.quantize.ggml.mix import MixFacts, MixTensor, choose_types, file_type, tensor_order
 from vlmexport.quantize.ggml.types import ggml_type
 from vlmexport.quantize.scheme import QuantScheme
@@ -30,9 +32,11 @@ _CODES = "codes handed over without loss"
 def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
     """Decide for every parameter of `vlm` which tensors of which file it becomes, and of which type.
 
-    Raises `BadInputError` for an unknown type or an override that matches nothing, and `UnsupportedModelError` when
-    llama.cpp has no place for the architecture or for a weight.
+    Codes that came with a quantized checkpoint are handed over, unless the user named a file type. Raises
+    `BadInputError` for an unknown type, an override that matches nothing and codes that no ggml type holds, and
+    `UnsupportedModelError` when llama.cpp has no place for the architecture or for a weight.
     """
+    options, coded = _settle_codes(vlm, options)
     _check_types(options)
     weights = dict(vlm.model.state_dict(keep_vars=True))
     text_names, unused = _text_names(vlm, weights)
@@ -44,9 +48,14 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
         *_borrowed(vision, {own: (name, weights[name]) for name, own in text_names.items()}),
     ]
     facts = MixFacts.of_metadata(text.arch, text.metadata)
+    if coded and facts.experts:
+        raise BadInputError(
+            f"{vlm.facts.model_type}: codes of mixture-of-experts decoders are not handed over to GGUF yet; choose a "
+            "file type such as --quant Q4_K_M"
+        )
     tensors = [
-        *_typed("text", text, placed, options, facts, _code_sources(vlm, options)),
-        *_typed("mmproj", vision, placed, options, facts, frozenset()),
+        *_typed("text", text, placed, options, facts, coded),
+        *_typed("mmproj", vision, placed, options, facts, {}),
     ]
     return GgufPlan(
         architecture=vlm.facts.architecture,
@@ -57,7 +66,7 @@ def plan_gguf(vlm: VLM, options: GgufOptions) -> GgufPlan:
         unused=unused,
         metadata={"text": {**text.metadata, **vision.text_metadata}, "mmproj": dict(vision.metadata)},
         computed={**text.computed, **vision.computed},
-        notes=(*text.notes, *vision.notes),
+        notes=(*text.notes, *vision.notes, *_kept_notes(vlm, coded)),
     )
 
 
@@ -224,15 +233,43 @@ def _check_unique(placed: Sequence[_Placed]) -> None:
         seen[tensor.name] = tensor.source
 
 
-def _code_sources(vlm: VLM, options: GgufOptions) -> frozenset[str]:
-    """The weights whose codes of ours are handed over: the decoder's linears, but not the LM head."""
-    if options.scheme is None:
-        return frozenset()
+def _settle_codes(vlm: VLM, options: GgufOptions) -> tuple[GgufOptions, dict[str, QuantScheme]]:
+    """`options` with the type that the codes need, and the scheme of every weight whose codes are handed over.
+
+    With an algorithm those are the text model's linears but for the LM head; with a quantized checkpoint, its own codes
+    unless a file type was named.
+    """
     from vlmexport.plan import head_weight_name, linear_weights
 
-    if vlm.quantized is not None:
-        return frozenset(vlm.quantized.formats)
-    return linear_weights(vlm) - {head_weight_name(vlm)}
+    kept = vlm.quantized
+    if kept is None:
+        if options.scheme is None:
+            return options, {}
+        return options, {n: options.scheme.for_weight(n) for n in linear_weights(vlm) - {head_weight_name(vlm)}}
+    if options.scheme is not None:
+        raise BadInputError(
+            f"the checkpoint is already quantized ({kept.summary}): {options.scheme.algorithm} would need the original "
+            "weights; leave --quant out to keep its codes, or choose a file type such as Q8_0"
+        )
+    if options.named:
+        return options, {}
+    from vlmexport.kept_codes import codes_scheme
+
+    try:
+        schemes = {name: codes_scheme(name, codes) for name, codes in kept.formats.items()}
+        types = Counter(codes_type(scheme) for scheme in schemes.values())
+    except BadInputError as error:
+        raise BadInputError(
+            f"the codes of the {kept.method} checkpoint cannot be handed over: {error}; choose a file type such as "
+            "--quant Q8_0, which rounds what they mean"
+        ) from error
+    return replace(options, quant=types.most_common(1)[0][0]), schemes
+
+
+def _kept_notes(vlm: VLM, coded: Mapping[str, QuantScheme]) -> tuple[str, ...]:
+    if vlm.quantized is None or coded:
+        return ()
+    return (f"the checkpoint was quantized already ({vlm.quantized.summary}); what its codes mean was rounded again",)
 
 
 def _typed(
@@ -241,9 +278,9 @@ def _typed(
     placed: Sequence[_Placed],
     options: GgufOptions,
     facts: MixFacts,
-    coded: frozenset[str],
+    coded: Mapping[str, QuantScheme],
 ) -> list[GgufTensor]:
-    """The tensors of one file in its order, each with its type."""
+    """The tensors of one file in its order, each with its type; `coded` are weights whose codes are handed over."""
     own = {t.name: t for t in placed if t.file == file}
     choices = choose_types(
         [MixTensor(name, own[name].shape) for name in tensor_order(own)],
@@ -260,10 +297,10 @@ def _typed(
         kind, reason, wanted = choice.type, choice.reason, choice.wanted
         if any(fnmatchcase(name, pattern) for pattern in half.always_f32):
             kind, reason, wanted = "F32", "llama.cpp reads it as F32", ""
-        scheme = None
-        if placed_tensor.source in coded and options.scheme is not None:
-            scheme = _scheme(placed_tensor, options.scheme)
-            kind, reason, wanted = options.quant, _CODES, ""
+        scheme = coded.get(placed_tensor.source)
+        if scheme is not None:
+            _check_codes_fit(placed_tensor)
+            kind, reason, wanted = codes_type(scheme), _CODES, ""
         tensor = GgufTensor(
             name, file, placed_tensor.shape, kind, reason, placed_tensor.source, placed_tensor.transform,
             placed_tensor.output, scheme, wanted,
@@ -272,14 +309,15 @@ def _typed(
     return made
 
 
-def _scheme(tensor: _Placed, scheme: QuantScheme) -> QuantScheme:
-    """`scheme`'s own for this weight; refuses what codes cannot go through."""
-    if not values.moves_rows_only(tensor.transform.kind if tensor.transform else None):
+def _check_codes_fit(tensor: _Placed) -> None:
+    """Refuse a tensor that codes cannot go through."""
+    if tensor.transform is not None and not values.moves_rows_only(tensor.transform.kind):
         raise BadInputError(f"{tensor.source}: llama.cpp stores it in another form, so its codes cannot be handed over")
+    if tensor.output or len(tensor.shape) != 2:
+        raise BadInputError(f"{tensor.source}: llama.cpp stores it as several tensors; its codes cannot be handed over")
     columns = tensor.shape[-1]
-    if columns % 32:
+    if columns % BLOCK:
         raise BadInputError(
-            f"{tensor.source} has {columns} input features, not a multiple of 32 as ggml's blocks: choose a file type "
-            "such as --quant Q4_K_M, which falls back by itself"
+            f"{tensor.source} has {columns} input features, not a multiple of {BLOCK} as ggml's blocks: choose a file "
+            "type such as --quant Q4_K_M, which falls back by itself"
         )
-    return scheme.for_weight(tensor.source)

@@ -15,6 +15,7 @@ from vlmexport.cli.options import (
     Command,
     calibration_options,
     decorate,
+    given,
     lora_option,
     model_option,
     trust_option,
@@ -89,7 +90,7 @@ def gguf_choices(function: Command) -> Command:
     @functools.wraps(function)
     def command(*args: Any, **values: Any) -> Any:
         keys = ("quant", "mmproj_type", "imatrix", "tensor_types", "smooth", "bits", "symmetric", "compatible")
-        options = gguf_options(**{key: values.pop(key) for key in keys})
+        options = gguf_options(**{key: values.pop(key) for key in keys}, named=bool(given("quant")))
         return function(*args, options=options, **values)
 
     return decorate(command, _OPTIONS)
