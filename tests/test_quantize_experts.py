@@ -222,6 +222,7 @@ def test_a_router_that_is_not_listed_is_found(
     assert {c.name: c.status for c in checks}["config/ignore"] == "failed"
 
 
+@pytest.mark.slow
 def test_an_expert_that_saw_too_few_tokens_falls_back_and_says_so(tmp_path: Path) -> None:
     source = make_source("qwen3_moe", tmp_path / "source", num_experts=24, num_experts_per_tok=1)
     few = CalibrationOptions(samples=1)

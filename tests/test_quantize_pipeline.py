@@ -153,6 +153,7 @@ def test_a_folder_of_ours_is_replaced_only_by_force(source: Path, tmp_path: Path
         quantize(source, tmp_path / "theirs", options("awq"), force=True)
 
 
+@pytest.mark.slow
 def test_a_limit_is_met_by_a_plan_that_the_folder_holds(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

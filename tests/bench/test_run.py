@@ -27,6 +27,7 @@ def export(tiny_idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Art
     return mock_export(tiny_idefics3, tmp_path_factory.mktemp("mock") / "export")
 
 
+@pytest.mark.slow
 def test_report_has_the_documented_keys(export: Artifact) -> None:
     report = bench_artifact(export.path, tokens=3, rounds=1, threads=1)
     data = json.loads(json.dumps(report.to_dict()))

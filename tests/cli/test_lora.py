@@ -48,6 +48,7 @@ def test_inspect_tells_of_the_adapter(tiny_idefics3: Path, adapter: Path, capsys
     assert f"--model {tiny_idefics3} --lora {adapter} --out OUT" in out
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_holds_the_merged_weights(
     tiny_idefics3: Path, adapter: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -76,6 +77,7 @@ def _kept_changes(out: Path, adapter: str, model: str) -> list[str]:
     return [name for name in lora.changed if name not in quantized]
 
 
+@pytest.mark.slow
 def test_an_untied_head_has_no_place_in_a_tied_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     from tests.tiny import make_tiny
 

@@ -174,6 +174,7 @@ def test_pixels_that_are_padding_are_not_seen(idefics3: Exported) -> None:
     assert relative(got, expected) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [FP16_STORED, FP16], ids=["stored", "computed"])
 def test_fp16_stays_close_and_is_recorded(precision: EncoderPrecision, tmp_path: Path) -> None:
     made = export("llava", tmp_path, precision)
@@ -192,6 +193,7 @@ def test_fp16_stays_close_and_is_recorded(precision: EncoderPrecision, tmp_path:
     assert computed == {ir.DataType.FLOAT16}
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_is_computed_in_fp32(tmp_path: Path) -> None:
     made = export("idefics3", tmp_path, FP32, dtype="bfloat16")
     wide = load_vlm(str(tmp_path / "model"))
@@ -213,6 +215,7 @@ def scale_beyond_fp16(vlm: VLM) -> None:
                 parameter.div_(2.0**20)
 
 
+@pytest.mark.slow
 def test_activations_beyond_fp16_stay_right(tmp_path: Path, tiny_llava: Path) -> None:
     vlm = load_vlm(str(tiny_llava))
     examples = processor_examples(vlm)
@@ -231,6 +234,7 @@ def test_activations_beyond_fp16_stay_right(tmp_path: Path, tiny_llava: Path) ->
 
 
 # The CPU runs FP16 products in FP32: this judges the rewrite as a whole, test_precision.py the overflow itself.
+@pytest.mark.slow
 def test_large_activations_do_not_overflow_fp16_products(tmp_path: Path, tiny_llava: Path) -> None:
     vlm = load_vlm(str(tiny_llava))
     examples = processor_examples(vlm)

@@ -171,6 +171,7 @@ def test_a_fold_of_keys_under_rotary_is_refused(model: Model) -> None:
         lowered(model, folds={name: Fold(rows=rows)})
 
 
+@pytest.mark.slow
 def test_a_fold_of_values_that_are_cut_from_a_fused_projection_is_refused(tmp_path: Path) -> None:
     fused = load(make_tiny("llava", tmp_path / "fused", text_type="phi3", kv_heads=4))
     name = next(n for n in weight_names(fused.vlm.model, fused.part.module) if n.endswith("qkv_proj.weight"))

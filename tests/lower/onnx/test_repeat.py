@@ -21,6 +21,7 @@ from vlmexport.split.examples import processor_examples
 from vlmexport.split.vision import split_vision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["idefics3", "vipllava"])
 def test_repeated_layers_equal_a_full_trace(family: str, tmp_path: Path) -> None:
     vlm = load_vlm(str(make_tiny(family, tmp_path / "model", vision_layers=5)))
