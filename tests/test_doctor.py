@@ -4,6 +4,7 @@ import pytest
 
 from vlmexport import doctor
 from vlmexport.doctor import Finding, examine, provider_fix, provider_runs
+from vlmexport.quantize.ggml import library
 from vlmexport.target import target_names
 
 
@@ -47,6 +48,15 @@ def test_a_missing_package_has_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
     finding = by_name("packages")["safetensors"]
     assert (finding.works, finding.fix) == (False, "pip install vlmexport")
+
+
+def test_llama_cpp_of_another_version_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert by_name("targets")["llamacpp"].works
+    monkeypatch.setattr(library, "_installed_version", lambda: "2026.1.1")
+    finding = by_name("targets")["llamacpp"]
+    assert (finding.works, finding.fix) == (False, "pip install 'vlmexport[gguf]'")
+    assert "xllamacpp 2026.1.1 is installed" in finding.detail
+    assert not by_name("extras")["gguf"].works
 
 
 def test_cpu_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmexport.cpu import cpu_flags, int8_gain
+from vlmexport.errors import NotPossibleHereError
 from vlmexport.target import Target, load_target, target_names
 
 # Instruction sets that decide how fast quantized products run on a CPU, as Linux spells them.
@@ -112,10 +113,20 @@ def _target(target: Target, providers: tuple[str, ...]) -> Finding:
 
 
 def _llama_cpp(target: Target) -> Finding:
-    if importlib.util.find_spec("xllamacpp") is not None:
-        return Finding("targets", target.name, True, target.description)
-    detail = "files can be written here; running them needs llama.cpp, which comes with xllamacpp"
-    return Finding("targets", target.name, False, detail, "pip install 'vlmexport[gguf]'")
+    if missing := _without_llama_cpp():
+        return Finding("targets", target.name, False, missing, "pip install 'vlmexport[gguf]'")
+    return Finding("targets", target.name, True, target.description)
+
+
+def _without_llama_cpp() -> str:
+    """Why llama.cpp cannot be called here; empty when the pinned version is installed."""
+    from vlmexport.quantize.ggml.library import require_library
+
+    try:
+        require_library()
+    except NotPossibleHereError as error:
+        return str(error)
+    return ""
 
 
 def provider_fix(provider: str) -> str:
@@ -156,5 +167,5 @@ def _extra(name: str, module: str, purpose: str, providers: tuple[str, ...]) -> 
     if name == "gpu":
         works = "CUDAExecutionProvider" in providers and provider_runs("CUDAExecutionProvider")
         return Finding("extras", name, works, purpose, "" if works else provider_fix("CUDAExecutionProvider"))
-    works = importlib.util.find_spec(module) is not None
+    works = not _without_llama_cpp() if name == "gguf" else importlib.util.find_spec(module) is not None
     return Finding("extras", name, works, purpose, "" if works else f"pip install 'vlmexport[{name}]'")
