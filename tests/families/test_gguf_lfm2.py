@@ -96,6 +96,7 @@ def test_a_bias_of_the_convolution_is_refused() -> None:
         ({}, {"max_image_tokens": 512}, "max_image_tokens of its image processor is 512"),
         ({}, {"downsample_factor": 4}, "merged by 4"),
         ({}, {"resample": 0}, "resample 0"),
+        ({}, {"resample": "bicubic"}, "resample of its image processor is 'bicubic'"),
         ({"projector_bias": False}, {}, "has biases"),
         ({"projector_hidden_act": "relu"}, {}, "has GELU"),
         ({"vision_config": {"model_type": "siglip2_vision_model", "hidden_act": "gelu"}}, {}, "tanh formula"),

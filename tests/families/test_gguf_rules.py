@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from vlmexport.families import (
     gguf_vision_module,
 )
 from vlmexport.families.gguf_common import llama3_factors, rope_metadata
-from vlmexport.families.gguf_vision import blocks_used
+from vlmexport.families.gguf_vision import blocks_used, resampling_notes, unused_blocks
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.gguf_plan import family_halves, plan_gguf, preprocessor_config
 from vlmexport.model.load import VLM, load_vlm
@@ -240,6 +241,22 @@ def test_vision_refusals(
         setattr(owner, key, value)
     with pytest.raises(UnsupportedModelError, match=message):
         module.vision(config, {**preprocessor_config(vlm), **settings}, ())
+
+
+@pytest.mark.parametrize("number", ["bicubic", 6, -1, 2.0, True])
+def test_an_unknown_resampling_is_refused(number: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"own: resample of its image processor is {number!r}"):
+        resampling_notes({"resample": number}, "own", "bicubic")
+
+
+def test_another_resampling_is_told() -> None:
+    assert resampling_notes({"resample": 3}, "own", "bicubic") == resampling_notes({}, "own", "bicubic") == ()
+    assert "processor by lanczos" in resampling_notes({"resample": 1}, "own", "bicubic")[0]
+
+
+def test_without_a_feature_layer_no_block_is_left_out(models: dict[str, VLM]) -> None:
+    config = SimpleNamespace(model_type="own", vision_config=models["llava"].config.vision_config)
+    assert unused_blocks(config, "layers.{i}") == {}
 
 
 def test_a_projector_without_biases_gets_zeros(models: dict[str, VLM]) -> None:

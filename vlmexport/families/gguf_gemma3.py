@@ -150,7 +150,7 @@ def vision(config: Any, preprocessor: Mapping[str, Any], names: Sequence[str]) -
         notes=(
             "llama.cpp gives a picture that is not square black edges, where the model's processor stretches it: make "
             f"pictures {side} x {side} pixels for the same answers",
-            *resampling_notes(preprocessor, "bilinear"),
+            *resampling_notes(preprocessor, config.model_type, "bilinear"),
         ),
         unused={f"{tower}.head.*": "the tower's pooling head, which the language model does not read"},
         # llama.cpp transposes the projection when it runs, which blocks of a quantized type cannot be.

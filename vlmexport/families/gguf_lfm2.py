@@ -15,7 +15,7 @@ from vlmexport.families.gguf_common import (
     rope_metadata,
     text_metadata,
 )
-from vlmexport.families.gguf_vision import encoder_rules, vision_metadata
+from vlmexport.families.gguf_vision import encoder_rules, resampling, vision_metadata
 from vlmexport.model.family import GgufHalf, MetaValue, Transform, linear
 
 _ARCH = "lfm2"
@@ -31,7 +31,7 @@ _TILING = {
     "tile_size": 512,
     "max_pixels_tolerance": 2.0,
 }
-_RESAMPLING = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_RESAMPLING = ("lanczos", "bilinear", "bicubic")
 _NAMES = {
     "embed_tokens": "token_embd",
     "lm_head": "output",
@@ -174,9 +174,10 @@ def _check_tiling(config: Any, preprocessor: Mapping[str, Any]) -> None:
 
 
 def _resampling(config: Any, preprocessor: Mapping[str, Any]) -> str:
-    number = int(preprocessor.get("resample", 2))
-    if number not in _RESAMPLING:
+    ours = resampling(preprocessor, config.model_type, "bilinear")
+    if ours not in _RESAMPLING:
         raise UnsupportedModelError(
-            f"{config.model_type}: resample {number} of its image processor has no equal in llama.cpp (1, 2 or 3)"
+            f"{config.model_type}: its image processor resizes by {ours} (resample {int(preprocessor['resample'])}), "
+            f"which llama.cpp does not have (it has {', '.join(_RESAMPLING)})"
         )
-    return _RESAMPLING[number]
+    return ours

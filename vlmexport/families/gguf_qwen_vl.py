@@ -47,7 +47,7 @@ def _notes(config: Any, preprocessor: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         edges,
         *((large,) if most > _MOST_TOKENS * side**2 else ()),
-        *resampling_notes(preprocessor, "bicubic"),
+        *resampling_notes(preprocessor, config.model_type, "bicubic"),
     )
 
 

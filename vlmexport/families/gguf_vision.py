@@ -52,7 +52,7 @@ def blocks_used(config: Any) -> int:
 
     -1 is all of them; -2 leaves the last one out. Raises `UnsupportedModelError` for several layers at once.
     """
-    layer, blocks = getattr(config, "vision_feature_layer", -1), int(config.vision_config.num_hidden_layers)
+    layer, blocks = _feature_layer(config), int(config.vision_config.num_hidden_layers)
     if isinstance(layer, list | tuple):
         if len(layer) != 1:
             raise UnsupportedModelError(
@@ -62,20 +62,39 @@ def blocks_used(config: Any) -> int:
     return int(layer) if layer >= 0 else blocks + 1 + int(layer)
 
 
+def _feature_layer(config: Any) -> Any:
+    return getattr(config, "vision_feature_layer", -1)
+
+
 def unused_blocks(config: Any, block: str) -> dict[str, str]:
     """Patterns of the blocks after the last one that features pass through; `block` is its name with ``{i}``."""
-    reason = f"vision_feature_layer is {config.vision_feature_layer}: the features are taken before this block"
     layers = range(blocks_used(config), int(config.vision_config.num_hidden_layers))
+    reason = f"vision_feature_layer is {_feature_layer(config)}: the features are taken before this block"
     return {f"{block.replace('{i}', str(layer))}.*": reason for layer in layers}
 
 
 _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
 
 
-def resampling_notes(preprocessor: Mapping[str, Any], theirs: str) -> tuple[str, ...]:
-    """A note where the model's image processor resizes by another method than llama.cpp's projector, `theirs`."""
+def resampling(preprocessor: Mapping[str, Any], model_type: str, default: str) -> str:
+    """How the model's image processor resizes, `default` where it does not say.
+
+    Raises `UnsupportedModelError` for what is none of PIL's numbers.
+    """
     number = preprocessor.get("resample")
-    ours = theirs if number is None else _RESAMPLING[int(number)]
+    if number is None:
+        return default
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(_RESAMPLING):
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(_RESAMPLING))
+        raise UnsupportedModelError(
+            f"{model_type}: resample of its image processor is {number!r}, none of PIL's numbers ({known})"
+        )
+    return _RESAMPLING[number]
+
+
+def resampling_notes(preprocessor: Mapping[str, Any], model_type: str, theirs: str) -> tuple[str, ...]:
+    """A note where the model's image processor resizes by another method than llama.cpp's projector, `theirs`."""
+    ours = resampling(preprocessor, model_type, theirs)
     if ours == theirs:
         return ()
     return (f"llama.cpp resizes pictures by {theirs} interpolation, the model's processor by {ours}",)
