@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.model.importers.encoders import make_gptq
 from tests.verify.gguf import mutate
 from vlmexport import demo, gguf_pipeline
 from vlmexport.cli.main import run as main
@@ -18,6 +19,7 @@ from vlmexport.gguf_options import GgufOptions
 from vlmexport.progress import SilentProgress
 from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.verify.gguf import run
+from vlmexport.verify.gguf.reference import FullReference
 from vlmexport.verify.gguf.run import verify_gguf
 from vlmexport.verify.run import verify_artifact, verify_files
 
@@ -286,6 +288,53 @@ def test_without_an_image_processor_text_is_judged_all_the_same(q4_k_m, few, mon
     assert {"processor/prompt_ids[wide]", "gguf/image_splitting", "quantization/kl"} <= {
         c.name for c in report.not_run()
     }
+
+
+@pytest.mark.parametrize(("kind", "part"), [(RuntimeError, "decoder"), (TypeError, "model")])
+def test_a_model_that_fails_on_a_prompt_fails_that_prompt_alone(q4_k_m, few, monkeypatch, kind, part):
+    features, prompts = FullReference.features, []
+
+    def broken(self, prompt):
+        prompts.append(prompt)
+        if len(prompts) == 1:
+            raise kind("shapes do not fit")
+        return features(self, prompt)
+
+    monkeypatch.setattr(FullReference, "features", broken)
+    report = verify_artifact(q4_k_m, samples=few)
+    found = failures(report)
+    assert list(found) == ["decoder/logits[square]"]
+    assert found["decoder/logits[square]"].part == part
+    assert "shapes do not fit" in found["decoder/logits[square]"].reason
+    passed = {c.name for c in report.checks if c.status == "passed"}
+    assert {"gguf/values[text]", "decoder/logits[wide]", "decoder/shipped_kl", "quantization/accuracy"} <= passed
+
+
+def test_llama_cpp_that_does_not_load_the_files_a_second_time_is_a_failed_check(q4_k_m, few, monkeypatch):
+    def second(*arguments, exact=False, **options):
+        if not exact:
+            raise ArtifactError("llama.cpp does not load it: out of memory")
+        return run_runner(*arguments, exact=exact, **options)
+
+    run_runner = run.LlamaCppRunner
+    monkeypatch.setattr(run, "LlamaCppRunner", second)
+    report = verify_artifact(q4_k_m, samples=few)
+    assert {name: c.reason for name, c in failures(report).items()} == {
+        "runtime/load": "llama.cpp does not load it: out of memory"
+    }
+    assert {"gguf/values[text]", "decoder/logits[text]"} <= {c.name for c in report.checks if c.status == "passed"}
+
+
+@pytest.mark.usefixtures("no_llama_cpp")
+def test_a_loose_pair_of_a_quantized_model_is_judged_by_what_its_codes_mean(tiny_idefics3, folder, few, tmp_path):
+    source, _ = make_gptq(tiny_idefics3, folder / "gptq")
+    export = write(source, folder / "gptq-q8_0", quant="Q8_0", named=True)
+    report = verify_files(*mutate.files_of(export), model=str(source), samples=few)
+    assert failures(report) == {}
+    assert "gguf/values[text]" in {c.name for c in report.checks if c.status == "passed"}
+    damaged = mutate.damaged(export, tmp_path / "export", mutate.doubled_scale)
+    report = verify_files(*mutate.files_of(damaged), model=str(source), samples=few)
+    assert "blk.1.attn_output.weight: relative RMS error" in failures(report)["gguf/values[text]"].reason
 
 
 def test_loose_files_need_both_halves_and_a_model(q4_k_m):

@@ -13,7 +13,7 @@ from vlmexport.quantize.ggml.blocks import quantize_rows
 from vlmexport.quantize.ggml.types import GGML_TYPES
 from vlmexport.target import load_target
 from vlmexport.verify.gguf.files import StoredTensor
-from vlmexport.verify.gguf.values import check_pairing, rebuilt_weights, value_fault
+from vlmexport.verify.gguf.values import check_pairing, check_values, rebuilt_weights, value_fault
 
 LIMITS = load_target("llamacpp").gguf_parity
 GRIDS = ("IQ3_XXS", "IQ3_S")
@@ -136,3 +136,20 @@ def record():
     from vlmexport.verify.gates import Gate
 
     return Gate()
+
+
+def test_importance_of_the_text_half_excuses_nothing_in_the_mmproj(record):
+    """Scaled as a whole: more than plain rounding may do, less than rounding by importance, all in order."""
+    weight = matrix()
+
+    class Pair(Files):
+        def importance(self):
+            return True
+
+    found = stored(weight * np.float32(1.17), "Q4_K")
+    assert value_fault(found, torch.from_numpy(weight), LIMITS.weights_importance["Q4_K"]) == ""
+    tensors = [GgufTensor("t", file, weight.shape, "Q4_K", "", source="w") for file in ("text", "mmproj")]
+    wrong = check_values(record, Pair(t=found), tensors, {"w": torch.from_numpy(weight)}, LIMITS, {})
+    assert {c.name: c.status for c in record.checks} == {"gguf/values[text]": "passed", "gguf/values[mmproj]": "failed"}
+    assert wrong == {"t"}
+    assert "relative RMS error" in record.checks[1].reason

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
-from vlmexport.runtime.protocol import Array
+from vlmexport.runtime.protocol import Array, PartOutputError
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.gguf.chat import Pair
@@ -63,16 +63,27 @@ class LoweringTotals:
         return LoweringSummary(self.max_abs_logit, float(np.mean(self.kl)), float(np.mean(self.agreed)))
 
 
-def expected(reference: FullReference, pairs: Sequence[Pair]) -> list[Expected]:
-    """Run PyTorch on every prompt; call it while the weights of the files are in the model."""
+def expected(gate: Gate, reference: FullReference, pairs: Sequence[Pair]) -> list[Expected]:
+    """Run PyTorch on every prompt; call it while the weights of the files are in the model.
+
+    A prompt that the model itself cannot answer fails its ``decoder/logits`` and is left out.
+    """
     found = []
     for pair in pairs:
-        prompt = pair.reference
+        with gate.guard(f"decoder/logits[{pair.name}]", "decoder", "lowering"):
+            found.append(_expected(reference, pair))
+    return found
+
+
+def _expected(reference: FullReference, pair: Pair) -> Expected:
+    prompt = pair.reference
+    try:
         features = reference.features(prompt) if pair.llama.image_tokens else None
         answer = reference.answer(prompt, _ANSWER_TOKENS)
         keep = len(pair.llama.tail) + len(answer) - 1
-        found.append(Expected(pair, features, answer, reference.logits(prompt, answer[:-1], keep)))
-    return found
+        return Expected(pair, features, answer, reference.logits(prompt, answer[:-1], keep))
+    except (TypeError, AttributeError, NotImplementedError) as error:  # the model's own code in another transformers
+        raise PartOutputError("model", f"PyTorch does not run this prompt: {type(error).__name__}: {error}") from error
 
 
 def check_lowering(
@@ -90,7 +101,6 @@ def check_lowering(
     errors: dict[str, float] = {}
     for subject in subjects:
         pair = subject.pair
-        runner.reserve(len(pair.llama.ids) + len(subject.answer))
         if subject.features is not None:
             name = f"vision_encoder/image_embeddings[{pair.name}]"
             with gate.guard(name, "vision_encoder", "lowering"):
@@ -100,6 +110,7 @@ def check_lowering(
                     errors[pair.name] = metrics.relative_error(subject.features, rows)
         name = f"decoder/logits[{pair.name}]"
         with gate.guard(name, "decoder", "lowering"):
+            runner.reserve(len(pair.llama.ids) + len(subject.answer))
             found = _logits(runner, subject)
             if fault := metrics.output_fault(subject.logits, found):
                 gate.fail(name, "decoder", "lowering", fault)

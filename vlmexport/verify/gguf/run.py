@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError, VlmExportError
+from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.gguf_options import GgufOptions, GgufTensor, tensors_from_dict
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.manifest import FOLDS_NAME, Artifact, file_sha256
@@ -17,7 +17,7 @@ from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.fold import Fold, folds_from_tensors
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.target import GgufLimits, load_target
-from vlmexport.verify.gates import Gate
+from vlmexport.verify.gates import Gate, runtime_errors
 from vlmexport.verify.gguf import structure
 from vlmexport.verify.gguf.chat import check_chat_template, check_prompts
 from vlmexport.verify.gguf.codes import check_codes
@@ -41,13 +41,14 @@ TARGET = "llamacpp"
 _CONTEXT = 4096
 _DRAWN_SMALL, _DRAWN = 60, 12
 _Named = tuple[tuple[str, str, Side], ...]
+_SHIPPED: tuple[str, str, Side] = ("decoder/shipped_kl", "decoder", "lowering")
 _LOWERING: _Named = (
     ("vision_encoder/image_embeddings", "vision_encoder", "lowering"),
     ("vision_encoder/encoder", "vision_encoder", "lowering"),
     ("processor/pictures", "processor", "lowering"),
     ("decoder/logits", "decoder", "lowering"),
     ("decoder/greedy", "decoder", "lowering"),
-    ("decoder/shipped_kl", "decoder", "lowering"),
+    _SHIPPED,
 )
 _PROMPTS: _Named = (
     ("gguf/chat_template", "processor", "lowering"),
@@ -174,15 +175,8 @@ def _judge(subject: _Subject, reference: FullReference | None, why_not: str, ask
         return _Judged()
     _check_weights(subject, reference, why_not)
     check_written_tokens(gate, subject.pair)
-    try:
-        exact = LlamaCppRunner(
-            subject.pair.text.path, subject.pair.mmproj.path, threads=subject.threads, context=_CONTEXT, exact=True
-        )
-    except NotPossibleHereError as error:
-        _not_run(gate, (("tokenizer/ids", "processor", "lowering"), *_PROMPTS, *_LOWERING, *_LOSS), str(error))
-        return _Judged()
-    except VlmExportError as error:
-        gate.fail("runtime/load", "runtime", "lowering", str(error))
+    exact = _loaded(subject, (("tokenizer/ids", "processor", "lowering"), *_PROMPTS, *_LOWERING, *_LOSS), exact=True)
+    if exact is None:
         return _Judged()
     with exact:
         tokenizer = None if reference is None else reference.builder.tokenizer
@@ -194,6 +188,18 @@ def _judge(subject: _Subject, reference: FullReference | None, why_not: str, ask
         return _run_prompts(subject, reference, exact, asked)
 
 
+def _loaded(subject: _Subject, checks: _Named, *, exact: bool) -> LlamaCppRunner | None:
+    """llama.cpp with both files. None with a failed ``runtime/load``; where it is not here, with `checks` not run."""
+    text, mmproj = subject.pair.text.path, subject.pair.mmproj.path
+    try:
+        return LlamaCppRunner(text, mmproj, threads=subject.threads, context=_CONTEXT, exact=exact)
+    except NotPossibleHereError as error:
+        _not_run(subject.gate, checks, str(error))
+    except runtime_errors() as error:
+        subject.gate.fail("runtime/load", "runtime", "lowering", " ".join(str(error).split()))
+    return None
+
+
 def _planned(subject: _Subject, reference: FullReference | None) -> _Subject:
     """`subject` with what the files should hold: what the export's manifest says, or else the model's family."""
     import dataclasses
@@ -201,11 +207,14 @@ def _planned(subject: _Subject, reference: FullReference | None) -> _Subject:
     plan, why_not = None, "there is neither an export nor a model to say what the files should hold"
     if reference is not None:
         try:
-            plan = plan_gguf(reference.vlm, GgufOptions(quant="F16", mmproj_type="F16", imatrix="none"))
+            # `named`: the codes of a quantized reference are judged by what they mean, whatever the file made of them.
+            plan = plan_gguf(reference.vlm, GgufOptions(quant="F16", mmproj_type="F16", imatrix="none", named=True))
         except BadInputError as error:
             why_not = str(error)
     computed = {} if plan is None else plan.computed
     if subject.artifact is not None:
+        if reference is not None and plan is None:
+            subject.gate.fail("gguf/plan", "model", "lowering", why_not)
         recorded, facts = subject.artifact.manifest.plan, subject.artifact.manifest.model["gguf"]
         return dataclasses.replace(
             subject,
@@ -274,14 +283,21 @@ def _run_prompts(subject: _Subject, reference: FullReference, exact: LlamaCppRun
     pairs = check_prompts(gate, reference, exact)
     subjects: list[Expected] = []
     if subject.tensors and structure.complete(subject.pair, subject.tensors) and pairs:
-        with reference.substituted(rebuilt_weights(subject.pair, subject.tensors)):
-            subjects = expected(reference, pairs)
+        rebuilt = rebuilt_weights(subject.pair, subject.tensors)
+        with gate.guard("decoder/logits", "decoder", "lowering"), reference.substituted(rebuilt):
+            subjects = expected(gate, reference, pairs)
+        if not subjects:
+            rest = tuple(check for check in _LOWERING if check[0] != "decoder/logits")
+            _not_run(gate, rest, "PyTorch ran no prompt with the weights that the files hold")
     else:
         _not_run(gate, _LOWERING, subject.why_no_plan or "the files do not hold the whole model, or no prompt agrees")
     limits = _lowering_limits(subject)
     totals = check_lowering(gate, exact, subjects, limits, reference.image_token_id)
     text, mmproj = subject.pair.text.path, subject.pair.mmproj.path
-    with LlamaCppRunner(text, mmproj, threads=subject.threads, context=_CONTEXT) as shipped:
+    shipped = _loaded(subject, (_SHIPPED, *_LOSS), exact=False)
+    if shipped is None:
+        return _Judged(totals.summary())
+    with shipped:
         check_shipped(gate, shipped, subjects, limits, totals)
         if reference.why_no_images:
             _not_run(gate, _LOSS, reference.why_no_images)
