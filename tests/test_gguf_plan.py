@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.model.importers.encoders import make_gptq
-from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.calibrate.imatrix import coverage, weighted_layers
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gguf_options import GgufPlan, gguf_options, tensors_from_dict
+from vlmexport.gguf_pipeline import check_quantizers, model_name
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.model.family import GgufHalf
 from vlmexport.model.load import VLM, load_vlm
+from vlmexport.quantize.ggml import library
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +86,9 @@ def test_the_plan_survives_its_json(vlm: VLM) -> None:
         ({"quant": "awq", "smooth": "awq"}, "smooths by itself"),
         ({"quant": "Q4_K_M", "symmetric": False}, "has its own"),
         ({"imatrix": "nowhere.gguf"}, "no such file"),
+        ({"quant": "awq", "imatrix": __file__}, "does not read it"),
         ({"mmproj_type": "q9"}, "Q8_0"),
-        ({"tensor_types": [("ffn", "q9")]}, "Q9"),
+        ({"tensor_types": [("ffn", "q9")]}, "q9"),
         ({"tensor_types": [("no_such_tensor", "q8_0")]}, "no_such_tensor"),
         ({"tensor_types": [("ffn(", "q8_0")]}, "ffn("),
     ],
@@ -123,3 +127,47 @@ def test_codes_of_a_quantized_checkpoint_are_kept_unless_a_type_is_named(tiny_id
     assert "rounded again" in again.notes[-1]
     with pytest.raises(BadInputError, match="already quantized"):
         plan_gguf(kept, gguf_options("awq"))
+
+
+def test_an_override_counts_more_than_codes(vlm: VLM) -> None:
+    plan = plan_gguf(vlm, gguf_options("rtn", tensor_types=[("ffn_down", "Q6_K")]))
+    assert {t.type for t in plan.of("text") if "ffn_down" in t.name} == {"Q6_K"}
+    assert not any("down_proj" in name for name in plan.schemes)
+
+
+def test_an_algorithm_without_symmetric_codes_is_asymmetric_by_itself(vlm: VLM) -> None:
+    assert {t.type for t in plan_gguf(vlm, gguf_options("hqq")).tensors if t.scheme is not None} == {"Q4_1"}
+
+
+def test_the_short_names_of_llama_quantize_are_known() -> None:
+    assert gguf_options("q4_k").quant == "Q4_K_M"
+
+
+def test_importance_is_measured_only_where_it_changes_bytes(vlm: VLM) -> None:
+    assert not weighted_layers(plan_gguf(vlm, gguf_options("Q8_0")))
+    assert len(weighted_layers(plan_gguf(vlm, gguf_options("Q4_K_M")))) == 28
+
+
+def test_a_type_that_needs_importances_where_there_are_none_is_refused_at_once(vlm: VLM) -> None:
+    plan = plan_gguf(vlm, gguf_options("Q4_K_M", tensor_types=[("token_embd", "IQ2_XXS")]))
+    with pytest.raises(BadInputError, match=r"token_embd\.weight is to be IQ2_XXS"):
+        coverage([t.name for t in weighted_layers(plan)], plan)
+
+
+def test_missing_quantizers_are_noticed_before_any_work(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "library_path", lambda: None)
+    check_quantizers(plan_gguf(vlm, gguf_options("Q8_0")))  # numpy has them
+    with pytest.raises(NotPossibleHereError, match=r"vlmexport\[gguf\]"):
+        check_quantizers(plan_gguf(vlm, gguf_options("Q4_K_M", imatrix="none")))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("demo", "vlmexport-demo"), ("org/Some-VLM", "Some-VLM"), ("org/Some-VLM@main", "Some-VLM")]
+)
+def test_files_are_named_after_the_model(vlm: VLM, source: str, name: str) -> None:
+    assert model_name(dataclasses.replace(vlm, source=source)) == name
+
+
+def test_a_folder_keeps_its_whole_name(vlm: VLM, tmp_path: Path) -> None:
+    (tmp_path / "run@3").mkdir()
+    assert model_name(dataclasses.replace(vlm, source=str(tmp_path / "run@3"))) == "run@3"

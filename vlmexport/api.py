@@ -191,7 +191,7 @@ def export_lora(
     adapter: str,
     out: Path,
     *,
-    base: str,
+    base: str | None = None,
     outtype: str = "f32",
     force: bool = False,
     progress: Progress | None = None,
@@ -199,12 +199,16 @@ def export_lora(
 ) -> AdapterGguf:
     """Write the LoRA `adapter` (PEFT's folder or a hub id) of the model `base` as the file `out`, for llama.cpp.
 
+    `base` None is the folder that the adapter names; a hub id that it names is not fetched unasked.
     `outtype` is ``f32`` or ``f16``. Raises `BadInputError` for an adapter of another base, and one that does more than
     llama.cpp can apply at run time (vision modules, DoRA, replaced weights), with the reason.
     """
     from vlmexport.lower.gguf.adapter import export_adapter
+    from vlmexport.model.lora_files import local_base
 
-    return export_adapter(adapter, out, base, outtype, force, progress or SilentProgress(), trust_remote_code)
+    return export_adapter(
+        adapter, out, base or local_base(adapter), outtype, force, progress or SilentProgress(), trust_remote_code
+    )
 
 
 def measure_sensitivity(
@@ -300,7 +304,7 @@ def bench_artifact(
 def answer_prompt(
     path: Path, images: Sequence[Path], prompt: str, sampling: Sampling, on_text: Callable[[str], None]
 ) -> Answer:
-    """Answer `prompt` about `images` from the exported graphs alone; `on_text` gets the text as it comes."""
+    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes."""
     from vlmexport.manifest import open_artifact
     from vlmexport.runtime.generate import answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from vlmexport.gguf_options import File, GgufPlan
 from vlmexport.manifest import Manifest
 
 
-def gguf_card(manifest: Manifest, plan: GgufPlan, source: Path) -> str:
-    """README.md: hub metadata, the lines that run it in llama.cpp, what is stored as what, and what to know."""
-    text, mmproj = manifest.parts["decoder"].file, manifest.parts["vision_encoder"].file
+def gguf_card(manifest: Manifest, plan: GgufPlan, name: str, source: Path, imatrix: str = "") -> str:
+    """README.md: hub metadata, the lines that run it in llama.cpp, what is stored as what, and what to know.
+
+    `name` is the model's, `source` its folder; `imatrix` says where an importance matrix is from, empty without one.
+    """
+    files = (manifest.parts["decoder"].file, manifest.parts["vision_encoder"].file)
+    text, mmproj = (shlex.quote(file) for file in files)
     notes = [*manifest.model["gguf"]["notes"], *(manifest.calibration or {}).get("warnings", [])]
     lines = [
         "---", "library_name: gguf", "pipeline_tag: image-text-to-text", "tags:", "- gguf", "- llama.cpp",
         "- vlmexport", *lineage(source / "README.md"), "---", "",
-        f"# {Path(manifest.source['model']).name}: GGUF", "",
+        f"# {name}: GGUF", "",
         f"`{manifest.source['architecture']}` by vlmexport {manifest.created_by['vlmexport']} for llama.cpp: "
         f"`{text}` (architecture {plan.arch}, {plan.bits_per_weight('text'):.2f} bits per weight) and `{mmproj}` "
         f"(projector {plan.projector}, {plan.bits_per_weight('mmproj'):.2f} bits per weight)."
@@ -29,9 +34,9 @@ def gguf_card(manifest: Manifest, plan: GgufPlan, source: Path) -> str:
         'vlmexport run . --image picture.png --prompt "What is in this picture?"',
         "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL", "```", "",
         "## What is stored as what", "", "| file | type | tensors | values | reason |", "|---|---|---|---|---|",
-        *_rows(plan, "text", text), *_rows(plan, "mmproj", mmproj), "",
+        *_rows(plan, "text", files[0]), *_rows(plan, "mmproj", files[1]), "",
     ]  # fmt: skip
-    lines += [_importance(plan), ""]
+    lines += [*_calibration(manifest, plan, imatrix), ""]
     if notes:
         lines += ["## To know", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(lines)
@@ -50,9 +55,20 @@ def _values(plan: GgufPlan, file: File, kind: str, reason: str) -> int:
     return sum(math.prod(t.shape) for t in plan.of(file) if (t.type, t.reason) == (kind, reason))
 
 
-def _importance(plan: GgufPlan) -> str:
-    if plan.options.scheme is not None:
-        return f"Codes: {plan.options.scheme.algorithm}, calibrated on image-text prompts, stored without loss."
-    source = {"auto": "measured on image-text prompts", "none": "none"}.get(str(plan.options.imatrix), "from a file")
-    smooth = " AWQ's scales were folded into the weights first." if plan.options.smooth == "awq" else ""
-    return f"Importance matrix: {source}.{smooth}"
+def _calibration(manifest: Manifest, plan: GgufPlan, imatrix: str) -> list[str]:
+    """What chose the codes, what weighed the columns, and whether scales were moved."""
+    lines = []
+    if plan.schemes:
+        kept, report = manifest.source.get("quantization"), manifest.calibration
+        made = f"those of the checkpoint ({kept['summary']})" if kept else next(iter(plan.schemes.values())).algorithm
+        share = (
+            ""
+            if report is None
+            else f", calibrated on {report['samples']} samples ({report['image_share']:.0%} image tokens)"
+        )
+        lines.append(f"Codes: {made}{share}, stored without loss.")
+    if imatrix:
+        lines.append(f"Importance matrix: {imatrix}.")
+    if plan.options.smooth == "awq":
+        lines.append("AWQ's scales were folded into the weights first.")
+    return lines

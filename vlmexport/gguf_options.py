@@ -12,7 +12,8 @@ from typing import Any, Literal
 from vlmexport.errors import BadInputError
 from vlmexport.model.family import MetaValue, Transform
 from vlmexport.quantize.ggml.code_types import BLOCK, codes_type, exact_scheme
-from vlmexport.quantize.ggml.mix import FILE_TYPES
+from vlmexport.quantize.ggml.mix import file_type
+from vlmexport.quantize.ggml.types import ggml_type
 from vlmexport.quantize.registry import ALGORITHMS
 from vlmexport.quantize.scheme import QuantScheme, make_scheme
 
@@ -25,12 +26,12 @@ _ALGORITHMS = ("awq+gptq", "awq", "gptq", "hqq", "rtn")
 class GgufOptions:
     """The choices of ``vlmexport gguf``.
 
-    `quant` is a file type of llama-quantize (``Q4_K_M``); where `scheme` is given, codes of that scheme are handed over
-    without loss as Q4_0, Q4_1 or Q8_0, and `quant` is that type. `smooth` folds AWQ's scales into the weights before
-    they are quantized. `imatrix`: made from the calibration (``auto``), none, or a file of llama.cpp's. `tensor_types`
-    are (regular expression, type) pairs, first match wins. `compatible` follows llama-quantize where it has a quirk.
-    `named` says that the user asked for `quant`: it is no default then that gives way to the codes of a quantized
-    checkpoint.
+    `quant` is a file type of llama-quantize (``Q4_K_M``); where `scheme` is given, or a checkpoint's own codes are
+    kept, codes are handed over without loss as Q4_0, Q4_1 or Q8_0, and `quant` is that type. `smooth` folds AWQ's scales into
+    the weights before they are quantized. `imatrix`: made from the calibration (``auto``), none, or a file of
+    llama.cpp's. `tensor_types` are (regular expression, type) pairs, first match wins. `compatible` follows
+    llama-quantize where it has a quirk. `named` says that the user asked for `quant`: it is no default then that gives
+    way to the codes of a quantized checkpoint.
     """
 
     quant: str = "Q4_K_M"
@@ -40,7 +41,7 @@ class GgufOptions:
     smooth: Literal["none", "awq"] = "none"
     scheme: QuantScheme | None = None
     compatible: bool = False
-    named: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,36 +124,40 @@ def gguf_options(
     imatrix: str = "auto",
     tensor_types: Iterable[tuple[str, str]] = (),
     smooth: Literal["none", "awq"] = "none",
-    bits: int | str = 4,
-    symmetric: bool = True,
+    bits: int | str | None = None,
+    symmetric: bool | None = None,
     compatible: bool = False,
     named: bool = True,
 ) -> GgufOptions:
     """`GgufOptions` from what a user types; `quant` is a file type or an algorithm, `imatrix` may be a file's path.
 
-    Raises `BadInputError` for an unknown type or algorithm (with the choices) and for choices that exclude each other.
+    `bits` and `symmetric` describe the codes of an algorithm (None: 4, and its own choice). Raises `BadInputError` for
+    an unknown type or algorithm (with the choices) and for choices that exclude each other.
     """
-    types = tuple((pattern, kind.upper()) for pattern, kind in tensor_types)
+    types = tuple((pattern, ggml_type(kind).name) for pattern, kind in tensor_types)
+    mmproj = file_type(mmproj_type).name
     source: Importance | Path = imatrix if imatrix in ("auto", "none") else Path(imatrix)  # type: ignore[assignment]
     if isinstance(source, Path) and not source.is_file():
         raise BadInputError(f"--imatrix {imatrix}: no such file; give auto, none or a file of llama-imatrix")
-    options = GgufOptions(quant.upper(), mmproj_type.upper(), source, types, smooth, None, compatible, named)
     if quant.lower() in ALGORITHMS:
         if smooth != "none":
             raise BadInputError(
                 f"--smooth {smooth} is for file types such as Q4_K_M; --quant awq+gptq smooths by itself"
             )
-        scheme, kind = _codes(quant.lower(), int(bits), symmetric)
-        return dataclasses.replace(options, quant=kind, scheme=scheme, imatrix="none")
-    if quant.upper() not in FILE_TYPES:
-        choices = f"{', '.join(FILE_TYPES)}; or the algorithms {', '.join(_ALGORITHMS)}"
-        raise BadInputError(f"--quant {quant} is unknown; choose one of {choices}")
-    if int(bits) != 4 or not symmetric:
-        raise BadInputError(f"--bits and --asymmetric describe the codes of an algorithm; --quant {quant} has its own")
-    return options
+        if isinstance(source, Path):
+            raise BadInputError(f"--imatrix {imatrix} is for file types such as Q4_K_M; {quant} does not read it")
+        scheme, kind = _codes(quant.lower(), int(bits or 4), symmetric)
+        return GgufOptions(kind, mmproj, "none", types, "none", scheme, compatible, named)
+    try:
+        own = file_type(quant).name
+    except BadInputError as error:
+        raise BadInputError(f"--quant: {error}; or one of the algorithms {', '.join(_ALGORITHMS)}") from error
+    if bits is not None or symmetric is not None:
+        raise BadInputError(f"--bits and --symmetric describe the codes of an algorithm; --quant {quant} has its own")
+    return GgufOptions(own, mmproj, source, types, smooth, None, compatible, named)
 
 
-def _codes(algorithm: str, bits: int, symmetric: bool) -> tuple[QuantScheme, str]:
+def _codes(algorithm: str, bits: int, symmetric: bool | None) -> tuple[QuantScheme, str]:
     """The scheme of an algorithm's codes, its scales exact in the type that holds them; and that type."""
     if algorithm not in _ALGORITHMS:
         raise BadInputError(

@@ -61,6 +61,7 @@ def export_gguf(
     vlm = _load(model, lora, trust_remote_code, progress)
     plan = plan_gguf(vlm, options)
     vocabulary = _vocabulary(vlm, plan)
+    check_quantizers(plan)  # before anything is calibrated
     with build_beside(out) as workspace, calibration_folder(out) as work:
         weights = _decoder_weights(vlm, plan, calibration or CalibrationOptions(), work, progress)
         artifact = _write(vlm, plan, vocabulary, weights, workspace, progress, threads)
@@ -89,6 +90,17 @@ def _vocabulary(vlm: VLM, plan: GgufPlan) -> Vocabulary:
     vocabulary = read_vocabulary(vlm.path, plan.arch, vlm.model.get_input_embeddings().weight.shape[0])
     notes = require_tokens(plan.projector, vocabulary.metadata)
     return dataclasses.replace(vocabulary, notes=(*vocabulary.notes, *notes))
+
+
+def check_quantizers(plan: GgufPlan) -> None:
+    """Raise `NotPossibleHereError` when the plan needs ggml's own quantizers and they are not installed."""
+    from vlmexport.quantize.ggml.blocks import NUMPY_TYPES
+    from vlmexport.quantize.ggml.library import require_library
+    from vlmexport.quantize.ggml.types import ggml_type
+
+    rounded = {t.type for t in plan.tensors if t.scheme is None and ggml_type(t.type).block > 1}
+    if rounded - NUMPY_TYPES or (rounded - {"Q8_0"} and plan.options.imatrix != "none"):
+        require_library()
 
 
 def _decoder_weights(
@@ -127,10 +139,12 @@ def _write(
 
 
 def model_name(vlm: VLM) -> str:
-    """The model's name in files and metadata: the last part of the hub id or folder."""
+    """The model's name in files and metadata: the last part of the hub id (without its revision) or of the folder."""
     if vlm.source == "demo":
         return "vlmexport-demo"
-    return Path(vlm.source.partition("@")[0]).resolve().name if vlm.path.is_dir() else vlm.source
+    if Path(vlm.source).is_dir():
+        return Path(vlm.source).resolve().name
+    return vlm.source.partition("@")[0].rpartition("/")[2]
 
 
 def file_names(vlm: VLM, options: GgufOptions) -> dict[File, str]:
@@ -173,7 +187,8 @@ def _package(
         results={"verify": None, "bench": None},
         calibration=weights.report,
     )
-    (folder / "README.md").write_text(gguf_card(manifest, plan, vlm.path), encoding="utf-8")
+    card = gguf_card(manifest, plan, model_name(vlm), vlm.path, weights.imatrix_origin)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return write_manifest(folder, manifest)
 
 

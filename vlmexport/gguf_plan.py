@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
@@ -253,6 +254,11 @@ def _settle_codes(vlm: VLM, options: GgufOptions) -> tuple[GgufOptions, dict[str
         )
     if options.named:
         return options, {}
+    if isinstance(options.imatrix, Path):
+        raise BadInputError(
+            f"--imatrix {options.imatrix} is for rounding, and the codes of the {kept.method} checkpoint are kept; "
+            "choose a file type such as --quant Q4_K_M to round again"
+        )
     from vlmexport.kept_codes import codes_scheme
 
     try:
@@ -298,6 +304,8 @@ def _typed(
         if any(fnmatchcase(name, pattern) for pattern in half.always_f32):
             kind, reason, wanted = "F32", "llama.cpp reads it as F32", ""
         scheme = coded.get(placed_tensor.source)
+        if any(re.search(pattern, name) for pattern, _ in options.tensor_types):
+            scheme = None  # the user's word for this tensor counts more than the codes
         if scheme is not None:
             _check_codes_fit(placed_tensor)
             kind, reason, wanted = codes_type(scheme), _CODES, ""

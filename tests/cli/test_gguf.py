@@ -44,7 +44,7 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--quant", "Q4_K_X"], "choose one of F32"),
-        (["--mmproj-type", "q9"], "'Q9' is no GGUF file type"),
+        (["--mmproj-type", "q9"], "'q9' is no GGUF file type"),
         (["--tensor-type", "ffn_down"], "REGEX=TYPE"),
         (["--tensor-type", "nothing=Q8_0"], "nothing"),
         (["--imatrix", "nowhere.dat"], "no such file"),

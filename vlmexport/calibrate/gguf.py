@@ -18,6 +18,7 @@ from vlmexport.calibrate.imatrix import (
     importance_matrix,
     measure_importance,
     quantized_layers,
+    weighted_layers,
 )
 from vlmexport.calibrate.layer import leave_float
 from vlmexport.calibrate.recipe import CalibrationOptions
@@ -57,6 +58,13 @@ class GgufWeights:
     report: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def imatrix_origin(self) -> str:
+        """Where the importance matrix is from, in a few words; empty without one."""
+        if self.imatrix is None:
+            return ""
+        return f"read from {Path(self.source).name}" if self.source else "; ".join(self.imatrix.datasets)
+
     @cached_property
     def facts(self) -> dict[str, MetaValue]:
         """The ``quantize.imatrix.*`` keys that llama-quantize would write; empty without an importance matrix."""
@@ -87,9 +95,10 @@ def gguf_decoder_weights(
     asked = plan.options
     matrix = read_imatrix(asked.imatrix) if isinstance(asked.imatrix, Path) else None
     importance = {} if matrix is None else check_imatrix(matrix, plan)
-    measures = asked.imatrix == "auto" and bool(quantized_layers(plan))
-    if not measures:
-        coverage(importance, plan)  # refuses before anything is calibrated
+    measures = asked.imatrix == "auto" and bool(weighted_layers(plan))
+    coverage(
+        [t.name for t in weighted_layers(plan)] if measures else importance, plan
+    )  # refuses before the calibration
     tensors = _tensors(vlm, plan)
     made = _calibrate(vlm, plan, tensors, measures, options, work, progress)
     weights = _weights(vlm, plan, tensors, made)

@@ -121,20 +121,26 @@ def quantized_layers(plan: GgufPlan) -> list[GgufTensor]:
     ]  # fmt: skip
 
 
+def weighted_layers(plan: GgufPlan) -> list[GgufTensor]:
+    """Those whose bytes importance changes: ggml's Q8_0 does not look at it."""
+    return [tensor for tensor in quantized_layers(plan) if tensor.type != "Q8_0"]
+
+
 def coverage(names: Iterable[str], plan: GgufPlan) -> Coverage:
     """What an importance matrix of the tensors `names` covers.
 
     Raises `BadInputError` for a tensor that it must cover: of a type that is made with an importance matrix only.
     """
     known = set(names)
-    missing = [t for t in quantized_layers(plan) if t.name not in known]
-    for tensor in missing:
-        if tensor.type in NEEDS_IMPORTANCE:
+    for tensor in plan.of("text"):
+        if tensor.type in NEEDS_IMPORTANCE and tensor.scheme is None and tensor.name not in known:
             raise BadInputError(
                 f"{tensor.name} is to be {tensor.type}, which needs an importance matrix, and has none: calibrate one "
-                "(--imatrix auto) or choose a larger type"
+                "(--imatrix auto, for the layers' matrices) or choose a larger type"
             )
-    return Coverage(len(quantized_layers(plan)) - len(missing), tuple(t.name for t in missing))
+    wanted = weighted_layers(plan)
+    missing = tuple(t.name for t in wanted if t.name not in known)
+    return Coverage(len(wanted) - len(missing), missing)
 
 
 def check_imatrix(matrix: ImportanceMatrix, plan: GgufPlan) -> dict[str, NDArray[np.float32]]:

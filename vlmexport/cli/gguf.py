@@ -70,11 +70,11 @@ _OPTIONS = (
         help="Fold AWQ's scales into the weights before they are quantized to a K type.",
     ),
     click.option(
-        "--bits", type=click.Choice(["4", "8"]), default="4", show_default=True,
+        "--bits", type=click.Choice(["4", "8"]), default=None, show_default="the method's, mostly 4",
         help="Bits of the codes of an algorithm.",
     ),
     click.option(
-        "--symmetric/--asymmetric", default=True, show_default=True,
+        "--symmetric/--asymmetric", default=None, show_default="the method's, mostly symmetric",
         help="Codes of an algorithm: Q4_0, or Q4_1 with zero points.",
     ),
     click.option(

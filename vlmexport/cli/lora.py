@@ -20,15 +20,20 @@ _FILE = click.Path(path_type=Path)
 
 @click.command(
     epilog=example(
-        "vlmexport lora ./my-adapter --base ./base --out my-adapter.gguf",
+        "vlmexport lora ./my-adapter --to gguf",
         "vlmexport lora ./my-adapter --to gguf --base ./base --out my-adapter-f16.gguf --outtype f16",
     ),
     short_help="Write a LoRA adapter as a GGUF file for llama.cpp.",
 )
 @click.argument("adapter", metavar="ADAPTER")
 @click.option("--to", "form", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="Form of the file.")
-@click.option("--base", "model", required=True, metavar="MODEL", help=f"The adapter's base. {MODEL_HELP}")
-@click.option("--out", required=True, type=_FILE, metavar="FILE", help="File to write.")
+@click.option(
+    "--base", "model", default=None, show_default="the folder that the adapter names", metavar="MODEL",
+    help=f"The adapter's base. {MODEL_HELP}",
+)  # fmt: skip
+@click.option(
+    "--out", default=None, type=_FILE, show_default="ADAPTER's name with .gguf", metavar="FILE", help="File to write."
+)
 @click.option(
     "--outtype", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="Type of the matrices."
 )
@@ -39,8 +44,8 @@ def command(
     session: Session,
     adapter: str,
     form: str,
-    model: str,
-    out: Path,
+    model: str | None,
+    out: Path | None,
     outtype: str,
     force: bool,
     trust_remote_code: bool,
@@ -53,7 +58,7 @@ def command(
     with session.progress() as progress:
         made = api.export_lora(
             adapter,
-            out,
+            out or Path(f"{Path(adapter).resolve().name}.gguf"),
             base=model,
             outtype=outtype,
             force=force,

@@ -61,7 +61,7 @@ def command(
 ) -> None:
     """Answer a question about pictures with the export in DIR; the answer streams to stdout.
 
-    Only the exported graphs run; no PyTorch model is loaded. Greedy unless --temperature is given.
+    Only the exported files run; no PyTorch model is loaded. Greedy unless --temperature is given.
     """
     from vlmexport.runtime.sampling import Sampling
 

@@ -6,7 +6,6 @@ The format is that of https://huggingface.co/docs/peft (``LoraConfig``, ``get_pe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.model.json_files import read_json
 from vlmexport.model.source import resolve_source
 
 if TYPE_CHECKING:
@@ -118,7 +118,21 @@ def is_adapter(folder: Path) -> bool:
 
 def base_name(folder: Path) -> str:
     """The base model that the adapter in `folder` names; empty when it names none."""
-    return str(_read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or "")
+    return str(read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or "")
+
+
+def local_base(adapter: str) -> str:
+    """The folder of the base model that `adapter` (a folder or a hub id) names.
+
+    Raises `BadInputError` when it names none, or one that is no folder here: nothing is fetched unasked.
+    """
+    path = resolve_source(adapter)
+    _config(path)
+    named = base_name(path)
+    if not named or not Path(named).is_dir():
+        says = f"it was trained on {named}" if named else "it names none"
+        raise BadInputError(f"{adapter}: give the base model with --base ({says})")
+    return named
 
 
 def read_adapter(source: str) -> Adapter:
@@ -141,7 +155,7 @@ def _config(path: Path) -> LoraConfig:
         inner = next(iter(sorted(path.glob(f"*/{CONFIG_NAME}"))), None)
         hint = f"; did you mean {inner.parent}?" if inner else "; give the folder that PEFT's save_pretrained wrote"
         raise BadInputError(f"{path} is no LoRA adapter: it has no {CONFIG_NAME}{hint}")
-    data = _read_json(file)
+    data = read_json(file)
     if data.get("peft_type") != "LORA":
         raise UnsupportedModelError(f"{file}: peft_type is {data.get('peft_type')!r}; only LORA is merged")
     for key, reason in _REFUSED.items():
@@ -171,16 +185,6 @@ def _token_indices(data: Any) -> dict[str, tuple[int, ...]]:
     """By the end of the embedding's name; a bare list is for whichever embedding has such rows."""
     found = data if isinstance(data, dict) else {"": data}
     return {str(name): tuple(int(i) for i in indices) for name, indices in found.items()}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise BadInputError(f"{file} is not a JSON object")
-    return data
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _CHUNK_VALUES = 1 << 20
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-_FLOATS = ("F32", "F16", "BF16")
+_UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # their bytes do not depend on the importance of columns
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _quantize(
     array: NDArray[Any], tensor: GgufTensor, importance: NDArray[np.float32] | None, threads: int
 ) -> NDArray[Any]:
     rows = np.ascontiguousarray(array, np.float32).reshape(-1, array.shape[-1] if array.ndim else 1)
-    weights = None if tensor.type in _FLOATS else importance
+    weights = None if tensor.type in _UNWEIGHTED else importance
     return quantize_rows(rows, tensor.type, weights, threads=threads, name=tensor.source or tensor.name)
 
 

@@ -16,7 +16,9 @@ from vlmexport.quantize.ggml.library import ggml_library, library_path, quantize
 from vlmexport.quantize.ggml.types import GgmlType, ggml_type
 
 _CHUNK = 1 << 19  # values that one task quantizes: enough to make a call cheap, few enough to share out
-_NUMPY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# What gguf-py's numpy quantizers make where the wheel is not installed.
+NUMPY_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+NUMPY_TYPES = frozenset({"F32", "F16", "BF16", *NUMPY_QUANTIZED})
 
 
 def quantize_rows(
@@ -162,11 +164,11 @@ def _ggml_quantizer(
 def _gguf_quantizer(
     kind: GgmlType, importance: NDArray[np.float32] | None
 ) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
-    if kind.name not in _NUMPY_TYPES or importance is not None:
+    if kind.name not in NUMPY_QUANTIZED or importance is not None:
         wish = f"{kind.name} with an importance matrix" if importance is not None else kind.name
         raise NotPossibleHereError(
             f"{wish} needs ggml's quantizers: pip install 'vlmexport[gguf]'; without them F32, F16, BF16, "
-            f"{', '.join(_NUMPY_TYPES)} are possible, with --imatrix none"
+            f"{', '.join(NUMPY_QUANTIZED)} are possible, with --imatrix none"
         )
     import gguf
 
