@@ -16,7 +16,7 @@ from vlmexport.gguf_pipeline import check_quantizers, model_name
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.model.family import GgufHalf
 from vlmexport.model.load import VLM, load_vlm
-from vlmexport.quantize.ggml import library
+from vlmexport.quantize.ggml import blocks, library
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,7 @@ def test_a_type_that_needs_importances_where_there_are_none_is_refused_at_once(v
 
 def test_missing_quantizers_are_noticed_before_any_work(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "library_path", lambda: None)
+    monkeypatch.setattr(blocks, "library_path", lambda: None)
     check_quantizers(plan_gguf(vlm, gguf_options("Q8_0")))  # numpy has them
     with pytest.raises(NotPossibleHereError, match=r"vlmexport\[gguf\]"):
         check_quantizers(plan_gguf(vlm, gguf_options("Q4_K_M", imatrix="none")))

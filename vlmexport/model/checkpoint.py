@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.importers import check_method
+from vlmexport.model.json_files import read_json
 from vlmexport.model.lora_files import base_name, is_adapter
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -51,20 +51,10 @@ def _read_config(path: Path) -> dict[str, Any]:
             base = base_name(path) or "BASE"
             raise BadInputError(f"{path} is a LoRA adapter; give its base and merge it: --model {base} --lora {path}")
         raise BadInputError(f"{path} has no config.json; give the folder that `save_pretrained` wrote")
-    config = _read_json(file)
+    config = read_json(file)
     if not config.get("model_type") and "auto_map" not in config:
         raise BadInputError(f"{file} has no model_type; it is not the config of a transformers model")
     return config
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise BadInputError(f"{file} is not a JSON object")
-    return data
 
 
 def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code: bool) -> None:
@@ -122,7 +112,7 @@ def _listed_shards(path: Path) -> tuple[Path, ...]:
     index = path / INDEX_NAME
     if not index.is_file():
         return ()
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInputError(f"{index} has no weight_map")
     shards = tuple(path / str(name) for name in sorted(set(weight_map.values())))
