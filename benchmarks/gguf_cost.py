@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -72,12 +73,19 @@ def install_peer_packages(folder: Path) -> None:
 
 def make_model(size: TextSize, work: Path) -> Path:
     """A random Idefics3 with the text dimensions of `size` and SmolVLM's tower, in bfloat16; kept in `work`."""
+    path = work / f"gguf-{size.name}"
+    if not path.is_dir():
+        # In a process of its own: a child's peak starts at the size of the process that started it.
+        maker = multiprocessing.get_context("spawn").Process(target=_make_model, args=(size, path))
+        maker.start()
+        maker.join()
+    return path
+
+
+def _make_model(size: TextSize, path: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from tests.tiny import make_tiny
 
-    path = work / f"gguf-{size.name}"
-    if path.is_dir():
-        return path
     building = path.with_suffix(".part")
     shutil.rmtree(building, ignore_errors=True)
     make_tiny(
@@ -89,7 +97,6 @@ def make_model(size: TextSize, work: Path) -> Path:
     config["text_config"]["architectures"] = ["LlamaForCausalLM"]  # the converter asks for it
     (building / "config.json").write_text(json.dumps(config, indent=1))
     building.rename(path)
-    return path
 
 
 def _vlmexport(model: Path, out: Path) -> Cost:
