@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _Edit: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 _MATRIX_AXES = 2
-_MERGE = "merge the adapter into an export by --lora"
+MERGE_INSTEAD = "merge the adapter into an export by --lora"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def low_rank_updates(model: PreTrainedModel, adapter: Adapter) -> dict[str, LowR
         base = known[names[name]]
         same = tensor.shape == base.shape and torch.equal(tensor.to(base.dtype), base)
         if not same:
-            raise BadInputError(f"{adapter.path}: {name} is replaced altogether, which is no low-rank update; {_MERGE}")
+            raise BadInputError(
+                f"{adapter.path}: {name} is replaced altogether, which is no low-rank update; {MERGE_INSTEAD}"
+            )
     found = {}
     for module in adapter.modules.values():
         found[names[f"{module.name}.weight"]] = _low_rank(whole, adapter, module, names)
@@ -105,7 +107,9 @@ def low_rank_updates(model: PreTrainedModel, adapter: Adapter) -> dict[str, LowR
 def _low_rank(model: Any, adapter: Adapter, module: AdaptedModule, names: Mapping[str, str]) -> LowRank:
     for what, tensor in (("DoRA magnitudes", module.magnitude), ("a bias", module.bias), ("whole rows", module.tokens)):
         if tensor is not None:
-            raise BadInputError(f"{adapter.path}: {module.name} has {what}, which is no low-rank update; {_MERGE}")
+            raise BadInputError(
+                f"{adapter.path}: {module.name} has {what}, which is no low-rank update; {MERGE_INSTEAD}"
+            )
     name = names[f"{module.name}.weight"]
     a, b = _pair(module)
     _same_shape(adapter, module.name, _delta(model, module, name), name, model.get_parameter(name))

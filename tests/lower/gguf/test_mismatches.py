@@ -1,23 +1,17 @@
-"""Where llama.cpp silently does something else than the model's processor."""
+"""Tokens that llama.cpp writes around pictures and that a vocabulary lacks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
 from vlmexport.demo import model_dir
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.lower.gguf.mismatches import (
-    PROJECTOR_TOKENS,
-    image_splitting_note,
-    missing_tokens,
-    pieces,
-    require_tokens,
-)
+from vlmexport.lower.gguf.mismatches import missing_tokens, pieces, require_tokens
 from vlmexport.lower.gguf.vocab import Vocabulary, read_vocabulary
+from vlmexport.runtime.llamacpp.image_tokens import PROJECTOR_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +46,3 @@ def test_a_token_that_is_written_in_pieces_is_told(bundled: Vocabulary) -> None:
         for text in PROJECTOR_TOKENS["qwen2vl_merger"].written
     )
     assert require_tokens("a projector of llama.cpp's that writes nothing", bundled.metadata) == ()
-
-
-@pytest.mark.parametrize(
-    ("preprocessor", "model_type", "told"),
-    [
-        ({"do_image_splitting": False}, "idefics3", True),
-        ({"image_processor": {"do_image_splitting": False}}, "smolvlm", True),
-        ({"do_image_splitting": True}, "idefics3", False),
-        ({}, "idefics3", False),
-        ({"do_image_splitting": False}, "lfm2_vl", False),
-    ],
-)
-def test_image_splitting(preprocessor: dict[str, Any], model_type: str, told: bool) -> None:
-    note = image_splitting_note(preprocessor, model_type)
-    assert ("do_image_splitting is false" in note) == told
-    assert bool(note) == told

@@ -21,8 +21,9 @@ from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
 from tools.train_fixture.gguf_files import write_mmproj, write_text
 from vlmexport.demo import model_dir
 from vlmexport.lower.gguf.template import ImagePlace, conversations, gguf_template
-from vlmexport.lower.gguf.template_engines import MARKER, Messages, hf_render, llama_render
+from vlmexport.lower.gguf.template_engines import Messages, hf_render, llama_render
 from vlmexport.lower.gguf.vocab import read_vocabulary
+from vlmexport.runtime.llamacpp.bindings import MARKER
 from vlmexport.runtime.prompt import PromptBuilder
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from tests.families.tiny_text import byte_level_tokenizer
 from vlmexport.demo import model_dir
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.runtime.llamacpp.bindings import MARKER
 from vlmexport.runtime.llamacpp.prompt import TextBuilder, image_place, marked_prompt, prompt_builder
 from vlmexport.runtime.prompt import PromptBuilder
 
-MARKER = "<__media__>"
 GEMMA = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
 

@@ -19,7 +19,7 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.gguf_options import GgufOptions, GgufPlan, GgufTensor
 from vlmexport.lower.gguf.writer import GgufFile
 from vlmexport.model.family import MetaValue
-from vlmexport.model.lora import LowRank
+from vlmexport.model.lora import MERGE_INSTEAD, LowRank
 from vlmexport.progress import Progress
 from vlmexport.quantize.ggml import values
 from vlmexport.quantize.ggml.types import ggml_type
@@ -31,7 +31,6 @@ AdapterType = Literal["F32", "F16"]
 EMBEDDING = "token_embd.weight"
 _FILE_TYPES = {"F32": 0, "F16": 1}  # LLAMA_FTYPE_ALL_F32, LLAMA_FTYPE_MOSTLY_F16
 _F16_OVERFLOW = 65520  # rounds to infinity
-_MERGE = "merge the adapter into an export by --lora"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _pairs(plan: GgufPlan, update: LowRank, alpha: float) -> Iterator[_Pair]:
         if not values.moves_rows_only(kind) or (moved.shape[0], update.a.shape[1]) != tensor.shape:
             raise UnsupportedModelError(
                 f"{update.parameter} becomes {tensor.name} in another form ({kind or 'reshaped'}), so its low-rank "
-                f"update has none there; {_MERGE}"
+                f"update has none there; {MERGE_INSTEAD}"
             )
         yield tensor.name, update.a, moved
 
@@ -141,14 +140,15 @@ def _check_reachable(plan: GgufPlan, update: LowRank) -> None:
     found = [t for t in plan.tensors if t.source == name]
     if any(t.file == "mmproj" for t in found):
         raise UnsupportedModelError(
-            f"{name} is on the vision side: llama.cpp's adapters reach the text model only; {_MERGE}"
+            f"{name} is on the vision side: llama.cpp's adapters reach the text model only; {MERGE_INSTEAD}"
         )
     if not found:
         reason = plan.unused.get(name, "it is nowhere in the file")
-        raise UnsupportedModelError(f"{name} cannot be adapted in llama.cpp: {reason}; {_MERGE}")
+        raise UnsupportedModelError(f"{name} cannot be adapted in llama.cpp: {reason}; {MERGE_INSTEAD}")
     if _shared(plan, found[0]):
         raise UnsupportedModelError(
-            f"{name} cannot be adapted alone in llama.cpp: it reads {found[0].name} for the LM head too; {_MERGE}"
+            f"{name} cannot be adapted alone in llama.cpp: it reads {found[0].name} for the LM head too; "
+            f"{MERGE_INSTEAD}"
         )
 
 

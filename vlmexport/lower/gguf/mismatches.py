@@ -1,50 +1,15 @@
-"""Where llama.cpp's multimodal code silently does something else than the model's own processor.
-
-Facts are read off tools/mtmd/mtmd.cpp of b11549 (``mtmd_context::init_vision``, ``lookup_token``, ``add_media``).
-"""
+"""Tokens that llama.cpp writes around pictures and that a vocabulary lacks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.gguf.byte_level import decode_symbols
 from vlmexport.model.family import MetaValue
+from vlmexport.runtime.llamacpp.image_tokens import PROJECTOR_TOKENS, ProjectorTokens
 
 _NORMAL = 1
-
-
-@dataclass(frozen=True)
-class ProjectorTokens:
-    """Tokens that mtmd puts around pictures for one ``clip.projector_type``.
-
-    `looked_up` are found by their text among single tokens; an absent one goes into the prompt as id -1, which
-    ``llama_decode`` refuses. `written` go through the tokenizer; one that is no single token becomes several.
-    """
-
-    looked_up: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
-
-
-_VISION = ("<|vision_start|>", "<|vision_end|>")
-PROJECTOR_TOKENS: dict[str, ProjectorTokens] = {
-    "idefics3": ProjectorTokens(
-        looked_up=("\n\n", "\n", "<fake_token_around_image>", "<global-img>"),
-        written=("<row_1_col_1>",),
-    ),
-    "lfm2": ProjectorTokens(
-        looked_up=("<|img_thumbnail|>",), written=("<|image_start|>", "<|image_end|>", "<|img_row_1_col_1|>")
-    ),
-    "qwen2vl_merger": ProjectorTokens(written=_VISION),
-    "qwen2.5vl_merger": ProjectorTokens(written=_VISION),
-    "qwen3vl_merger": ProjectorTokens(written=_VISION),
-    "gemma3": ProjectorTokens(written=("<start_of_image>", "<end_of_image>")),
-    "pixtral": ProjectorTokens(written=("[IMG_END]",)),
-    "internvl": ProjectorTokens(written=("<img>", "</img>")),
-    "llama4": ProjectorTokens(written=("<|image_start|>", "<|image_end|>")),
-}
 
 
 def missing_tokens(projector: str, metadata: Mapping[str, MetaValue]) -> tuple[str, ...]:
@@ -64,24 +29,6 @@ def require_tokens(projector: str, metadata: Mapping[str, MetaValue]) -> tuple[s
         )
     split = _lacking(PROJECTOR_TOKENS.get(projector, ProjectorTokens()).written, metadata)
     return tuple(f"llama.cpp writes {text!r} around pictures, which is no single token of this model" for text in split)
-
-
-def image_splitting_note(preprocessor: Mapping[str, Any], model_type: str) -> str:
-    """A note when the model does not cut pictures into tiles but llama.cpp does; "" otherwise.
-
-    `preprocessor` is a parsed preprocessor_config.json, or the ``image_processor`` of a processor_config.json.
-    """
-    settings = preprocessor.get("image_processor", preprocessor)
-    if model_type not in _ALWAYS_SPLIT or settings.get("do_image_splitting", True):
-        return ""
-    return (
-        f"{model_type}: do_image_splitting is false, but llama.cpp reads no such key and cuts every picture into tiles "
-        "and a whole view: it makes another prompt than the model was trained with"
-    )
-
-
-# Model types whose projector (idefics3) mtmd always gives tiles.
-_ALWAYS_SPLIT = ("idefics3", "smolvlm")
 
 
 def _lacking(texts: Sequence[str], metadata: Mapping[str, MetaValue]) -> tuple[str, ...]:

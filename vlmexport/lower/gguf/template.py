@@ -13,7 +13,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from vlmexport.lower.gguf.template_engines import MARKER, Messages, hf_render, llama_render
+from vlmexport.lower.gguf.template_engines import Messages, hf_render, llama_render
+from vlmexport.runtime.llamacpp.bindings import MARKER
 
 # All of llama.cpp's markers begin like this: mtmd's default, and the random ones of llama-server.
 _MARKER_START = "<__media_"

@@ -12,9 +12,10 @@ from typing import Any, SupportsIndex, TypeAlias
 
 from jinja2 import Template, TemplateError
 
+from vlmexport.runtime.llamacpp.bindings import MARKER
+
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
-MARKER = "<__media__>"
 _PROBE = "STRING_MARKER"
 
 

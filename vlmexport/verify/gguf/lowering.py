@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmexport.runtime.llamacpp.chunks import IMAGE_ID
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.runtime.protocol import Array, PartOutputError
 from vlmexport.verify import metrics
@@ -16,7 +17,6 @@ from vlmexport.verify.gguf.chat import Pair
 from vlmexport.verify.gguf.reference import FullReference
 from vlmexport.verify.result import LoweringSummary
 
-_IMAGE = -1
 _ANSWER_TOKENS = 12
 
 
@@ -171,7 +171,7 @@ def _logits(runner: LlamaCppRunner, subject: Expected) -> Array:
 def _image_rows(found: NDArray[np.float32], pair: Pair, image_token_id: int, wanted: Array) -> NDArray[np.float32]:
     """The rows that stand for image tokens, and of those what enters the decoder below (deepstack follows it)."""
     ids = pair.llama.ids
-    own = pair.reference.ids[ids == _IMAGE] == image_token_id
+    own = pair.reference.ids[ids == IMAGE_ID] == image_token_id
     rows: NDArray[np.float32] = found[own] if len(own) == len(found) else found
     return rows[:, : wanted.shape[1]]
 

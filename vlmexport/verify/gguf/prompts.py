@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.errors import ArtifactError
-from vlmexport.runtime.llamacpp.chunks import ImageChunk, LlamaPrompt
+from vlmexport.runtime.llamacpp.chunks import IMAGE_ID, ImageChunk, LlamaPrompt
 from vlmexport.verify.gguf.files import GgufFile
 
-_IMAGE = -1
 # A token that llama.cpp looks up and does not find is -1 too; here it is told apart from a row of an image.
 NO_TOKEN = -2
 _TEXT_PROBE = "STRING_MARKER"
@@ -104,15 +103,15 @@ def ids_fault(found: NDArray[np.int64], wanted: NDArray[np.int64], image_token_i
     `found` has -1 where a row of image embeddings stands, `wanted` the image token. A token of the model's own between
     two image tokens (Pixtral's line break) may be a row of image embeddings in llama.cpp.
     """
-    ours = np.where(wanted == image_token_id, _IMAGE, wanted)
-    rows, expected = int((found == _IMAGE).sum()), int((ours == _IMAGE).sum())
+    ours = np.where(wanted == image_token_id, IMAGE_ID, wanted)
+    rows, expected = int((found == IMAGE_ID).sum()), int((ours == IMAGE_ID).sum())
     if len(found) != len(ours):
         images = f", {rows} of them image rows where the model has {expected}" if rows != expected else ""
         missing = f", {lost} of them in no vocabulary" if (lost := int((found == NO_TOKEN).sum())) else ""
         return f"{len(found)} tokens where the model has {len(ours)}{images}{missing}"
     if (found == NO_TOKEN).any():
         return "llama.cpp writes tokens around pictures that the vocabulary does not have (tokenizer/image_tokens)"
-    different = np.nonzero((found != ours) & ~((found == _IMAGE) & _between_image_tokens(ours)))[0]
+    different = np.nonzero((found != ours) & ~((found == IMAGE_ID) & _between_image_tokens(ours)))[0]
     if not len(different):
         return ""
     first = int(different[0])
@@ -121,7 +120,7 @@ def ids_fault(found: NDArray[np.int64], wanted: NDArray[np.int64], image_token_i
 
 def _between_image_tokens(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """True where the tokens before and after are image tokens (the last line break follows one only)."""
-    image = ids == _IMAGE
+    image = ids == IMAGE_ID
     before = np.concatenate([[False], image[:-1]])
     after = np.concatenate([image[1:], [False]])
     inner: NDArray[np.bool_] = before & after
@@ -135,7 +134,7 @@ def prompt_ids(prompt: LlamaPrompt) -> NDArray[np.int64]:
     for chunk in prompt.chunks:
         stop = start + (chunk.tokens if isinstance(chunk, ImageChunk) else len(chunk.ids))
         if not isinstance(chunk, ImageChunk):
-            ids[start:stop][ids[start:stop] == _IMAGE] = NO_TOKEN
+            ids[start:stop][ids[start:stop] == IMAGE_ID] = NO_TOKEN
         start = stop
     return ids
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlmexport.runtime.llamacpp.image_tokens import PROJECTOR_TOKENS
 from vlmexport.runtime.llamacpp.prompt import spaced_start
 from vlmexport.runtime.llamacpp.runner import LlamaCppRunner
 from vlmexport.verify.gates import Gate
@@ -19,20 +20,6 @@ _PLAIN = (
     "a  b   c    d\u00a0e\u200b_f",
 )
 _SHOWN = 20
-# What mtmd.cpp (llama.cpp b11549) writes around pictures, by projector: looked up as one token each, or tokenized.
-_WRITTEN = {
-    "idefics3": ("\n\n", "\n", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"),
-    "qwen2vl_merger": ("<|vision_start|>", "<|vision_end|>"),
-    "qwen2.5vl_merger": ("<|vision_start|>", "<|vision_end|>"),
-    "qwen3vl_merger": ("<|vision_start|>", "<|vision_end|>"),
-    "gemma3": ("<start_of_image>", "<end_of_image>"),
-    "pixtral": ("[IMG_END]",),
-    "internvl": ("<img>", "</img>"),
-    "llama4": ("<|image_start|>", "<|image_end|>"),
-    "lfm2": ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|img_row_1_col_1|>"),
-    "mlp": (),
-    "mlp_norm": (),
-}
 
 
 def probe_texts(tokenizer: Any) -> list[str]:
@@ -86,7 +73,7 @@ def check_written_tokens(gate: Gate, pair: GgufPair) -> None:
     What is missing it silently leaves out, or writes as the pieces of its name.
     """
     projector = projector_type(pair.mmproj)
-    wanted = _WRITTEN.get(projector)
+    wanted = PROJECTOR_TOKENS.get(projector)
     if wanted is None:
         reason = f"not known here what llama.cpp writes around the pictures of a {projector or 'nameless'} projector"
         gate.not_run("tokenizer/image_tokens", "processor", "lowering", reason)
@@ -95,7 +82,7 @@ def check_written_tokens(gate: Gate, pair: GgufPair) -> None:
     faults = [
         f"{token!r} is not one token of the vocabulary, and llama.cpp writes it around every picture; add it to the "
         "tokenizer and export again"
-        for token in wanted
+        for token in (*wanted.looked_up, *wanted.written)
         if not known & _spellings(token)
     ]
     gate.verdict("tokenizer/image_tokens", "processor", "lowering", faults, "tokens")
