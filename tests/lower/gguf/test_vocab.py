@@ -14,6 +14,7 @@ from tests.lower.gguf.llama_vocabulary import LlamaVocabulary
 from tests.tiny import make_tokenizer
 from vlmexport.demo import model_dir
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
+from vlmexport.lower.gguf import tokenizer_files
 from vlmexport.lower.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from vlmexport.lower.gguf.vocab import Vocabulary, read_vocabulary
 
@@ -249,12 +250,36 @@ def test_vocabulary_and_merges_without_a_tokenizer_json(tmp_path: Path) -> None:
     assert probe_agrees(vocabulary, tmp_path)
 
 
-def test_a_slow_tokenizer_that_cannot_be_read_here(tmp_path: Path) -> None:
+def test_a_slow_tokenizer_that_cannot_be_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no SentencePiece model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    monkeypatch.setattr(tokenizer_files, "_reads_slow", lambda: False)
     with pytest.raises(NotPossibleHereError, match="cannot read the slow tokenizer here"):
         read_vocabulary(tmp_path, "llama", 10)
+    monkeypatch.setattr(tokenizer_files, "_reads_slow", lambda: True)
+    with pytest.raises(BadInputError, match=r"tokenizer\.model: transformers cannot read this tokenizer"):
+        read_vocabulary(tmp_path, "llama", 10)
+
+
+@pytest.mark.parametrize("model", [None, {"model_type": "idefics3"}, {"model_type": "llama"}])
+@pytest.mark.parametrize("content", ["{}", '{"model": 3}', '{"added_tokens": [], "model": {"type": "Foo"}}'])
+def test_a_broken_fast_tokenizer_is_refused_by_its_file(
+    content: str, model: dict[str, str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    if model is not None:
+        (tmp_path / "config.json").write_text(json.dumps(model))
+    with pytest.raises(BadInputError, match=r"tokenizer\.json is no tokenizer \(.*restore the file"):
+        read_vocabulary(tmp_path, "llama", 10)
+
+
+def test_a_broken_vocab_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{")
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(BadInputError, match=r"vocab\.json: transformers cannot read this tokenizer"):
+        read_vocabulary(tmp_path, "qwen2", 10)
 
 
 def test_two_ids_of_one_text_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vlmexport.errors import BadInputError, NotPossibleHereError
+from vlmexport.model.json_files import read_json_if_there
 
 Json = Mapping[str, Any]
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -64,9 +66,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     transformers is asked for the tokenizer, not the file: from version 5 its model classes (``LlamaTokenizer``,
     ``GemmaTokenizer``...) keep vocabulary and merges of ``tokenizer.json`` but build normalizer and pre-tokenizer
     themselves, and slow ones (``tokenizer.model``) have no such file. Raises `BadInputError` when there is no tokenizer
-    or a file is no JSON, `NotPossibleHereError` when a package that reads a slow one is missing.
+    or a file is broken, `NotPossibleHereError` when a package that reads a slow one is missing.
     """
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / "tokenizer_config.json")
     fast = _tokenizer_of(folder)
     fast.no_truncation()
     fast.no_padding()
@@ -75,31 +77,35 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         fast=fast,
         tokenizer=json.loads(fast.to_str()),
         config=config,
-        special=_read(folder / "special_tokens_map.json"),
-        generation=_read(folder / "generation_config.json"),
-        model=_read(folder / "config.json"),
+        special=read_json_if_there(folder / "special_tokens_map.json"),
+        generation=read_json_if_there(folder / "generation_config.json"),
+        model=read_json_if_there(folder / "config.json"),
         chat_template=_chat_template(folder, config),
     )
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-    ):
+    found = [name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    if not found:
         raise BadInputError(f"{folder}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files there")
+    file = folder / "tokenizer.json"
+    read_json_if_there(file)  # names the file where transformers would not
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ImportError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # `tokenizers` raises no narrower class
         # A class that transformers cannot load (custom code): its file is the best description left.
-        if written := _read(file):
-            return Tokenizer.from_str(json.dumps(written))
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotPossibleHereError(
-            f"{folder}: transformers cannot read the slow tokenizer here ({reason}); "
-            "`pip install sentencepiece protobuf`, or save its tokenizer.json with save_pretrained elsewhere"
+        if file.is_file():
+            return _read_fast(file)
+        if isinstance(error, ImportError) or (found[0] == "tokenizer.model" and not _reads_slow()):
+            raise NotPossibleHereError(
+                f"{folder}: transformers cannot read the slow tokenizer here ({_first_line(error)}); "
+                "`pip install sentencepiece protobuf`, or save its tokenizer.json with save_pretrained elsewhere"
+            ) from error
+        raise BadInputError(
+            f"{folder / found[0]}: transformers cannot read this tokenizer ({_first_line(error)}); restore the "
+            "tokenizer's files, or save its tokenizer.json with save_pretrained"
         ) from error
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -107,16 +113,19 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
     return backend
 
 
-def _read(path: Path) -> Json:
-    if not path.is_file():
-        return {}
+def _read_fast(file: Path) -> Tokenizer:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInputError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(data, dict):
-        raise BadInputError(f"{path}: a {type(data).__name__} where a JSON object belongs; restore the file")
-    return data
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises no narrower class
+        raise BadInputError(f"{file} is no tokenizer ({_first_line(error)}); restore the file") from error
+
+
+def _reads_slow() -> bool:
+    return importlib.util.find_spec("sentencepiece") is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _chat_template(folder: Path, config: Json) -> str | None:
@@ -124,7 +133,11 @@ def _chat_template(folder: Path, config: Json) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    for source in (_read(folder / "chat_template.json"), _read(folder / "processor_config.json"), config):
+    for source in (
+        read_json_if_there(folder / "chat_template.json"),
+        read_json_if_there(folder / "processor_config.json"),
+        config,
+    ):
         template = source.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
