@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.families import gguf_text_module, gguf_vision_module
 from vlmexport.gguf_options import File, GgufOptions, GgufPlan, GgufTensor
+from vlmexport.gguf_processor import preprocessor_config
 from vlmexport.model.family import GgufHalf, TensorRule, Transform
 from vlmexport.quantize.ggml import values
 from vlmexport.quantize.ggml.code_types import BLOCK, codes_type
@@ -85,31 +86,6 @@ def family_halves(vlm: VLM, text_names: Iterable[str], vision_names: Iterable[st
     module = gguf_vision_module(vlm.facts.model_type)
     vision = module.vision(vlm.config, preprocessor_config(vlm), tuple(vision_names))
     return text, vision
-
-
-def preprocessor_config(vlm: VLM) -> dict[str, Any]:
-    """The image processor's parsed settings; raises `BadInputError` when the model's folder has none.
-
-    ``added_tokens`` are the ids of the tokenizer's added tokens by their text, which some vision halves need.
-    """
-    import json
-
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = vlm.path / name
-        if file.is_file():
-            data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return {**data.get("image_processor", data), "added_tokens": _added_tokens(vlm)}
-    raise BadInputError(f"{vlm.path} has no preprocessor_config.json, so llama.cpp could not prepare images as it does")
-
-
-def _added_tokens(vlm: VLM) -> dict[str, int]:
-    import json
-
-    file = vlm.path / "tokenizer.json"
-    if not file.is_file():
-        return {}
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    return {token["content"]: int(token["id"]) for token in tokenizer.get("added_tokens") or ()}
 
 
 def _text_names(vlm: VLM, weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, str]]:

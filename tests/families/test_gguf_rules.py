@@ -24,7 +24,8 @@ from vlmexport.families import (
 from vlmexport.families.gguf_common import llama3_factors, rope_metadata
 from vlmexport.families.gguf_vision import blocks_used, resampling_notes, unused_blocks
 from vlmexport.gguf_options import GgufOptions
-from vlmexport.gguf_plan import family_halves, plan_gguf, preprocessor_config
+from vlmexport.gguf_plan import family_halves, plan_gguf
+from vlmexport.gguf_processor import preprocessor_config
 from vlmexport.model.load import VLM, load_vlm
 
 OPTIONS = GgufOptions(quant="F16", mmproj_type="F16", imatrix="none")
@@ -209,6 +210,7 @@ def test_a_bias_without_a_place_is_refused(models: dict[str, VLM]) -> None:
 VISION_REFUSALS = [
     ("idefics3", gguf_idefics3, {}, {"do_image_splitting": False}, "do_image_splitting is false"),
     ("idefics3", gguf_idefics3, {}, {"max_image_size": {"longest_edge": 64}}, "tiles are 64 pixels wide"),
+    ("idefics3", gguf_idefics3, {}, {"size": {"height": 64, "width": 64}}, "scales pictures by a longest_edge"),
     ("idefics3", gguf_idefics3, {}, {"image_mean": None}, "image_mean of its image processor is None"),
     ("idefics3", gguf_idefics3, {}, {"rescale_factor": 1.0}, "rescales by 1.0"),
     ("idefics3", gguf_idefics3, {"vision_config.hidden_act": "gelu"}, {}, "hidden_act is 'gelu'"),

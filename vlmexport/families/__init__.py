@@ -2,8 +2,8 @@
 
 Each module is imported when a model of its family is met. For GGUF, a *text* module offers
 ``text(config, names) -> GgufHalf`` (`config` is the text config) and a *vision* module
-``vision(config, preprocessor, names) -> GgufHalf`` (`config` is the whole model's, `preprocessor` the parsed
-preprocessor_config.json); `names` are the weights' names, by which optional tensors are known. Both raise
+``vision(config, preprocessor, names) -> GgufHalf`` (`config` is the whole model's, `preprocessor` the
+image processor's settings); `names` are the weights' names, by which optional tensors are known. Both raise
 `UnsupportedModelError` with the reason when llama.cpp cannot run such a model.
 """
 

@@ -53,4 +53,10 @@ def _longest_edge(config: Any, preprocessor: Mapping[str, Any]) -> int:
             f"{config.model_type}: tiles are {tile} pixels wide (max_image_size), but llama.cpp cuts them by the "
             f"encoder's image_size, {config.vision_config.image_size}"
         )
-    return int((preprocessor.get("size") or {}).get("longest_edge", config.vision_config.image_size))
+    size = preprocessor.get("size")
+    if not isinstance(size, Mapping) or "longest_edge" not in size:
+        raise UnsupportedModelError(
+            f"{config.model_type}: size of its image processor is {size!r}, but llama.cpp scales pictures by a "
+            "longest_edge"
+        )
+    return int(size["longest_edge"])
