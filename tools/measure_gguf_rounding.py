@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from vlmexport.quantize.ggml.blocks import quantize_rows
-from vlmexport.quantize.ggml.types import GGML_TYPES
+from vlmexport.quantize.ggml.types import GGML_TYPES, NEEDS_IMPORTANCE
 from vlmexport.verify.gguf.files import EXACT_TYPES, StoredTensor
 from vlmexport.verify.gguf.values import rounding_of
 
 ROWS, COLUMNS = 256, 2048
-NEEDS_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
+# An LM head or an embedding may be IQ3_XXS without importances; ggml rounds it so.
+PLAIN_TOO = ("IQ3_XXS",)
 
 
 def matrices(seed: int = 0) -> Mapping[str, NDArray[np.float32]]:
@@ -49,7 +50,7 @@ def main(names: list[str]) -> None:
     importance = np.exp(2 * np.random.default_rng(1).normal(size=COLUMNS)).astype(np.float32)
     for kind in names or [name for name in GGML_TYPES if name not in EXACT_TYPES]:
         for label, columns in (("plain", None), ("importance", importance)):
-            if columns is None and kind in NEEDS_IMPORTANCE:
+            if columns is None and kind in NEEDS_IMPORTANCE and kind not in PLAIN_TOO:
                 continue
             found = [
                 rounding_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from pathlib import Path
 # in 16 bits, which overflow.
 _DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni")
 _X86 = ("x86_64", "AMD64")
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_flags() -> frozenset[str]:

@@ -126,7 +126,7 @@ def test_a_damaged_half_is_named_by_its_worker(gguf_export: Artifact, tmp_path: 
 def test_the_command(
     gguf_export: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmexport.bench.run.usable_cores", lambda: 1)
+    monkeypatch.setattr("vlmexport.bench.run.available_cores", lambda: 1)
     assert run(["bench", str(_made_from(gguf_export, tmp_path, "gone")), "--record", "--json", "-"]) == 0
     assert set(json.loads(capsys.readouterr().out)["artifact"]) == KEYS
     assert json.loads((tmp_path / "copy" / "manifest.json").read_text())["results"]["bench"]["artifact"]

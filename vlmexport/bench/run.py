@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from vlmexport.bench.memory import folder_bytes
 from vlmexport.bench.process import Worker, started, worker_command
 from vlmexport.bench.timing import Round, summarise
 from vlmexport.bench.worker import Contender, save_inputs
+from vlmexport.cpu import available_cores
 from vlmexport.errors import BadInputError, NotPossibleHereError
 from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.checkpoint import read_checkpoint
@@ -70,7 +70,7 @@ def bench_artifact(
     references and ``settings["references"]`` says why.
     """
     artifact = open_artifact(path)
-    threads = threads or usable_cores()
+    threads = threads or available_cores()
     pictures = [load_image(image) for image in images] or [_drawn_picture()]
     with tempfile.TemporaryDirectory(prefix="vlmexport-bench-") as folder:
         base = Contender("artifact", str(path), "float32", threads, "", tokens, trust_remote_code)
@@ -89,11 +89,6 @@ def bench_artifact(
         "references": note,
     }
     return BenchReport(ours, references, _ratios(ours, references), settings)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _drawn_picture() -> Image:

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmexport.errors import BadInputError
+from vlmexport.verify.threads import SMALL_EXPORT_BYTES
 
 Amount = Literal["sample", "all"]
 SAMPLE_SIZE = 100
+# Tokens of an answer: of a question with accepted answers, which it must not cut short, and of any other.
+SCORED_TOKENS, UNSCORED_TOKENS = 48, 16
+_DRAWN_SMALL, _DRAWN = 60, 12
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,14 @@ class Question:
     text: str
     answers: tuple[str, ...]
     task: str = "all"
+
+
+def drawn_amount(size: int) -> int:
+    """How many questions to draw for an export of `size` bytes whose model has none of its own.
+
+    Enough answer tokens for a share, few enough to wait for.
+    """
+    return _DRAWN_SMALL if size < SMALL_EXPORT_BYTES else _DRAWN
 
 
 def load_questions(file: Path) -> list[Question]:

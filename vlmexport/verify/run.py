@@ -40,18 +40,22 @@ from vlmexport.verify.quantization import (
     collect_answers,
     judge_quantization,
 )
-from vlmexport.verify.questions import Amount, Question, bundled_questions, load_questions
+from vlmexport.verify.questions import (
+    SCORED_TOKENS,
+    UNSCORED_TOKENS,
+    Amount,
+    Question,
+    bundled_questions,
+    drawn_amount,
+    load_questions,
+)
 from vlmexport.verify.reference import Reference, changed_source_files, load_reference, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
 from vlmexport.verify.structure import check_structure
-from vlmexport.verify.threads import SMALL_EXPORT_BYTES, good_threads, torch_threads
+from vlmexport.verify.threads import good_threads, torch_threads
 
 _CPU = "CPUExecutionProvider"
-_SCORED_TOKENS = 48
-_UNSCORED_TOKENS = 16
-# Drawn questions where a model has none of its own: enough answer tokens for a share, few enough to wait for.
-_DRAWN_SMALL, _DRAWN = 60, 12
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
     ("decoder/accounted", "decoder", "lowering"),
     ("vision_encoder/features", "vision_encoder", "lowering"),
@@ -299,7 +303,7 @@ def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
 def _check_quantization(
     run: _Run, reference: Reference, prompts: Prompts, asked: list[Question]
 ) -> tuple[Answers, QuantizationSummary]:
-    items = answer_items(prompts, asked, _DRAWN_SMALL if _size(run.artifact) < SMALL_EXPORT_BYTES else _DRAWN)
+    items = answer_items(prompts, asked, drawn_amount(_size(run.artifact)))
     answers, summary = Answers(), QuantizationSummary()
     with run.gate.guard("quantization/answers", "model", "quantization"):
         answers = collect_answers(
@@ -307,7 +311,7 @@ def _check_quantization(
             run.shipped,
             items,
             prompts.decode_text,
-            _SCORED_TOKENS if asked else _UNSCORED_TOKENS,
+            SCORED_TOKENS if asked else UNSCORED_TOKENS,
             reference.vlm.facts.vocab_size,
             answers_by_step if prefill.has_prompt_graph(run.artifact) else answers_in_one_prompt,
         )

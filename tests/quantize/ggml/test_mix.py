@@ -12,7 +12,6 @@ from vlmexport.quantize.ggml.mix import (
     TypeChoice,
     choose_types,
     file_type,
-    matching_overrides,
     tensor_order,
 )
 
@@ -120,13 +119,6 @@ def test_overrides_hold_for_float_files_too() -> None:
 def test_a_bad_override_is_refused(override: tuple[str, str], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         choose_types(text(), "Q4_K_M", FACTS, overrides=[override])
-
-
-def test_overrides_of_two_files_are_told_apart() -> None:
-    overrides = [("^blk", "Q8_0"), ("^v\\.", "Q8_0"), ("ffn", "Q6_K")]
-
-    assert matching_overrides(overrides, text()) == (overrides[0], overrides[2])
-    assert matching_overrides(overrides, vision()) == (overrides[1], overrides[2])
 
 
 def test_vision_blocks_are_counted_unless_llama_quantizes_way_is_asked() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmexport.cpu import available_cores
 from vlmexport.errors import BadInputError, NotPossibleHereError
 from vlmexport.quantize.ggml.library import ggml_library, library_path, quantize_chunk
 from vlmexport.quantize.ggml.types import GgmlType, ggml_type
@@ -51,7 +51,7 @@ def quantize_rows(
         _check_finite(chunk, what)
         made[rows] = convert(chunk)
 
-    _run(work, list(_slices(*values.shape)), threads or available_threads())
+    _run(work, list(_slices(*values.shape)), threads or available_cores())
     return made
 
 
@@ -73,13 +73,6 @@ def dequantize_rows(data: NDArray[np.uint8], type_name: str) -> NDArray[np.float
     function = getattr(ggml_library(), _dequantize_symbol(kind))
     function(ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(made.ctypes.data), ctypes.c_int64(made.size))
     return made
-
-
-def available_threads() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_values(values: NDArray[Any], kind: GgmlType, what: str) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "TypeChoice",
     "choose_types",
     "file_type",
-    "matching_overrides",
     "needs_imatrix",
     "tensor_order",
 ]
@@ -102,13 +101,6 @@ def choose_types(
     if not with_imatrix:
         _check_possible_without_imatrix(chosen, kind, half)
     return {t.name: chosen[t.name] for t in tensors}
-
-
-def matching_overrides(
-    overrides: Sequence[tuple[str, str]], tensors: Sequence[MixTensor]
-) -> tuple[tuple[str, str], ...]:
-    """Those of `overrides` that are found in some name of `tensors`; for pairs given for two files at once."""
-    return tuple((text, kind) for text, kind in overrides if any(_pattern(text).search(t.name) for t in tensors))
 
 
 def _converted(tensor: MixTensor, kind: FileType, half: Half, overrides: _Overrides, compatible: bool) -> TypeChoice:

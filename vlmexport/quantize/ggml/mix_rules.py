@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmexport.errors import BadInputError
 from vlmexport.quantize.ggml.file_types import FileType
-from vlmexport.quantize.ggml.types import ggml_type
+from vlmexport.quantize.ggml.types import NEEDS_IMPORTANCE, ggml_type
 
 # The first part of a name that is found decides; llama-quantize looks anywhere in the name.
 _ROLE_OF_PART = (
@@ -121,7 +121,7 @@ def needs_imatrix(name: str, type_name: str, kind: FileType) -> bool:
         return False
     if type_name == "Q2_K":
         return kind.name == "Q2_K_S"
-    return type_name in ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+    return type_name in NEEDS_IMPORTANCE
 
 
 @dataclass
@@ -263,8 +263,6 @@ _FALLBACK = {
 
 
 def fallback(type_name: str, columns: int) -> str:
-    """`type_name` itself where rows of `columns` values hold whole blocks; else the type that llama-quantize takes."""
-    if columns % ggml_type(type_name).block == 0:
-        return type_name
+    """The type that llama-quantize takes where rows of `columns` values hold no whole blocks of `type_name`."""
     smaller = _FALLBACK.get(type_name, type_name)
     return smaller if columns % ggml_type(smaller).block == 0 else "F16"

@@ -55,6 +55,9 @@ GGML_TYPES: dict[str, GgmlType] = {
     )
 }
 
+# What llama-quantize makes with an importance matrix only (`mix_rules.needs_imatrix` has the exceptions).
+NEEDS_IMPORTANCE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
 
 def ggml_type(name: str) -> GgmlType:
     """The type called `name` in any case; raises `BadInputError` with the choices."""

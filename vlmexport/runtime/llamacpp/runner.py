@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmexport.cpu import available_cores
 from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.runtime.generate import Timings
 from vlmexport.runtime.llamacpp.bindings import FLASH_AUTO, FLASH_OFF, LOG, MARKER, llama
@@ -101,11 +102,6 @@ class LlamaCppRunner:
         """The template in the text GGUF."""
         found = self._library.llama_model_chat_template(self._model, None)
         return None if found is None else found.decode()
-
-    @property
-    def context_trained(self) -> int:
-        """The longest context that the text GGUF says the model was made for."""
-        return int(self._library.llama_model_n_ctx_train(self._model))
 
     def metadata(self, key: str) -> str | None:
         """A scalar value of the text GGUF's metadata as llama.cpp prints it; None when the key is not there."""
@@ -326,6 +322,6 @@ def _loaded(path: Path, load: Callable[[bytes], Any]) -> Any:
 
 def _usable_cores() -> int:
     """Cores that this process may use, at most ``OMP_NUM_THREADS``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = os.environ.get("OMP_NUM_THREADS", "")
+    cores = available_cores()
     return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) else cores

@@ -6,7 +6,6 @@ Q4_1: float16 scale and minimum, then the same. Q8_0: float16 scale, 32 signed b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,10 +105,4 @@ def _unmoved(codes: QuantizedTensor, tensor: GgufTensor) -> QuantizedTensor:
     if tensor.transform is None:
         return codes
     kind, arguments = tensor.transform.kind, tensor.transform.arguments
-    zero = codes.zero_point
-    return dataclasses.replace(
-        codes,
-        codes=values.invert([codes.codes], kind, arguments),
-        scale=values.invert([codes.scale], kind, arguments),
-        zero_point=None if zero is None else values.invert([zero], kind, arguments),
-    )
+    return codes.moved(lambda rows: values.invert([rows], kind, arguments))

@@ -18,14 +18,11 @@ from vlmexport.verify.gguf.chat import words
 from vlmexport.verify.gguf.prompts import ids_fault, prompt_ids
 from vlmexport.verify.gguf.reference import FullReference
 from vlmexport.verify.quantization import Answers, judge_quantization
-from vlmexport.verify.questions import Question, is_correct
+from vlmexport.verify.questions import SCORED_TOKENS, UNSCORED_TOKENS, Question, is_correct
 from vlmexport.verify.result import QuantizationSummary
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_SCORED_TOKENS = 48
-_UNSCORED_TOKENS = 16
 
 
 def check_loss(
@@ -71,14 +68,14 @@ def _answer(
     cut = runner.prompt(made.marked, pictures)
     if fault := ids_fault(prompt_ids(cut), own.ids, reference.image_token_id):
         raise PartOutputError("processor", f"{question.text[:40]!r}: {fault}")
-    runner.reserve(len(cut.ids) + _SCORED_TOKENS)
-    tokens = reference.answer(own, _SCORED_TOKENS if question.answers else _UNSCORED_TOKENS)
+    runner.reserve(len(cut.ids) + SCORED_TOKENS)
+    tokens = reference.answer(own, SCORED_TOKENS if question.answers else UNSCORED_TOKENS)
     wanted = reference.logits(own, tokens[:-1], len(tokens))
     logits = runner.forced(cut, tokens)
     found.add(wanted, logits, np.array(tokens, np.int64))
     if question.answers:
         # Where every forced token is also the likeliest, the greedy answer is this one.
         same = logits.argmax(-1).tolist() == tokens
-        given = tokens if same else runner.greedy(cut, _SCORED_TOKENS)
+        given = tokens if same else runner.greedy(cut, SCORED_TOKENS)
         right = [is_correct(reference.decode(answer), question.answers) for answer in (tokens, given)]
         found.hits.append((question.task, right[0], right[1]))

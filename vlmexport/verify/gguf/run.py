@@ -28,7 +28,7 @@ from vlmexport.verify.gguf.reference import FullReference, load_full
 from vlmexport.verify.gguf.tokens import check_tokenizer, check_written_tokens
 from vlmexport.verify.gguf.values import check_pairing, check_values, rebuilt_weights
 from vlmexport.verify.quantization import Answers
-from vlmexport.verify.questions import Amount, Question, bundled_questions, load_questions
+from vlmexport.verify.questions import Amount, Question, bundled_questions, drawn_amount, load_questions
 from vlmexport.verify.reference import changed_source_files, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 TARGET = "llamacpp"
 _CONTEXT = 4096
-_DRAWN_SMALL, _DRAWN = 60, 12
 _Named = tuple[tuple[str, str, Side], ...]
 _SHIPPED: tuple[str, str, Side] = ("decoder/shipped_kl", "decoder", "lowering")
 _LOWERING: _Named = (
@@ -302,8 +301,7 @@ def _run_prompts(subject: _Subject, reference: FullReference, exact: LlamaCppRun
         if reference.why_no_images:
             _not_run(gate, _LOSS, reference.why_no_images)
             return _Judged(totals.summary())
-        small = text.stat().st_size + mmproj.stat().st_size < SMALL_EXPORT_BYTES
-        drawn = _DRAWN_SMALL if small else _DRAWN
+        drawn = drawn_amount(text.stat().st_size + mmproj.stat().st_size)
         answers, quantization = check_loss(gate, reference, shipped, asked, drawn, subject.limits)
     return _Judged(totals.summary(), answers, quantization)
 
