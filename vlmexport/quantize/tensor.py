@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,11 @@ class QuantizedTensor:
         """Output rows ``start`` to ``stop``."""
         zero = None if self.zero_point is None else self.zero_point[start:stop]
         return dataclasses.replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero_point=zero)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
+        """The same weight with its output rows in another order; `move` gets codes, scales and zero points in turn."""
+        zero = None if self.zero_point is None else move(self.zero_point)
+        return dataclasses.replace(self, codes=move(self.codes), scale=move(self.scale), zero_point=zero)
 
     def digest(self) -> str:
         """SHA-256 of the logical content (bits, shape, group size, codes, scales as float32, zero points, codebook)."""

@@ -130,16 +130,8 @@ def _moved(codes: QuantizedTensor, tensor: GgufTensor) -> QuantizedTensor:
     """The codes with their rows in llama.cpp's order."""
     if tensor.transform is None:
         return codes
-    import dataclasses
-
     kind, arguments = tensor.transform.kind, tensor.transform.arguments
-    zero = codes.zero_point
-    return dataclasses.replace(
-        codes,
-        codes=values.apply(codes.codes, kind, arguments)[tensor.output],
-        scale=values.apply(codes.scale, kind, arguments)[tensor.output],
-        zero_point=None if zero is None else values.apply(zero, kind, arguments)[tensor.output],
-    )
+    return codes.moved(lambda rows: values.apply(rows, kind, arguments)[0])
 
 
 def _record(tensor: GgufTensor, codes: QuantizedTensor) -> QuantizedRecord:
