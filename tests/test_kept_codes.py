@@ -15,6 +15,7 @@ from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
 from vlmexport.checkpoint_plan import CheckpointOptions
 from vlmexport.errors import BadInputError
+from vlmexport.gguf_pipeline import gguf_vocabulary
 from vlmexport.inspection import inspect_vlm
 from vlmexport.kept_codes import check_kept, kept_scheme
 from vlmexport.model.importers.packed import CodeFormat
@@ -129,7 +130,7 @@ def test_schemes_that_describe_codes(change: dict[str, object], algorithm: str, 
 
 
 def test_inspect_says_what_it_is(gptq: VLM) -> None:
-    report = inspect_vlm(gptq)
+    report = inspect_vlm(gptq, gguf_vocabulary)
     assert report.quantized == "gptq 4-bit g32 sym"
     assert report.recipe.command == f"vlmexport onnx --model {gptq.source} --out OUT"
     assert (report.recipe.bits, report.recipe.group_size, report.recipe.symmetric) == (4, 32, True)
@@ -142,7 +143,7 @@ def test_inspect_recommends_what_works(tiny_idefics3: Path, tmp_path: Path, quan
         folder = api.quantize_checkpoint(str(tiny_idefics3), tmp_path / "q", options, verify=False).path
     else:
         folder = make_gptq(tiny_idefics3, tmp_path / "q", bits=3)[0]
-    report = inspect_vlm(load_vlm(str(folder)))
+    report = inspect_vlm(load_vlm(str(folder)), gguf_vocabulary)
     assert not any(target.can_export for target in report.targets if target.name != "llamacpp")
     assert report.recipe.command == f"vlmexport quantize --model {folder} --out OUT --format compressed-tensors"
     assert "no target takes these codes" in report.recipe.reason

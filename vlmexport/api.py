@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 def inspect_model(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> InspectReport:
     """Describe `model` (a folder, a hub id or ``demo``) without exporting anything."""
+    from vlmexport.gguf_pipeline import gguf_vocabulary
     from vlmexport.inspection import inspect_vlm
     from vlmexport.model.load import load_vlm
 
-    return inspect_vlm(load_vlm(model, lora=lora, trust_remote_code=trust_remote_code))
+    return inspect_vlm(load_vlm(model, lora=lora, trust_remote_code=trust_remote_code), gguf_vocabulary)
 
 
 def plan_onnx(
@@ -145,13 +146,19 @@ def plan_gguf(
     lora: str | None = None,
     trust_remote_code: bool = False,
 ) -> GgufPlan:
-    """What `export_gguf` would do to every weight; nothing is written."""
+    """What `export_gguf` would do to every weight; nothing is written.
+
+    Raises what the export would raise before it starts to calibrate, but for missing packages that quantize.
+    """
+    from vlmexport.gguf_pipeline import gguf_vocabulary
     from vlmexport.gguf_plan import plan_gguf as plan
     from vlmexport.model.load import load_vlm
 
     with (progress or SilentProgress()).stage("load model"):
         vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
-    return plan(vlm, options)
+    made = plan(vlm, options)
+    gguf_vocabulary(vlm, made)
+    return made
 
 
 def export_gguf(

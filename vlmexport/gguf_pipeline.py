@@ -60,7 +60,7 @@ def export_gguf(
     check_destination(failed, True)
     vlm = _load(model, lora, trust_remote_code, progress)
     plan = plan_gguf(vlm, options)
-    vocabulary = _vocabulary(vlm, plan)
+    vocabulary = gguf_vocabulary(vlm, plan)
     check_quantizers(plan)  # before anything is calibrated
     with build_beside(out) as workspace, calibration_folder(out) as work:
         weights = _decoder_weights(vlm, plan, calibration or CalibrationOptions(), work, progress)
@@ -83,7 +83,12 @@ def _load(model: str, lora: str | None, trust_remote_code: bool, progress: Progr
         return load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
 
 
-def _vocabulary(vlm: VLM, plan: GgufPlan) -> Vocabulary:
+def gguf_vocabulary(vlm: VLM, plan: GgufPlan) -> Vocabulary:
+    """The vocabulary that the text file gets, with the notes of both halves.
+
+    Raises `BadInputError` or `NotPossibleHereError` as `read_vocabulary`, and `UnsupportedModelError` when a token is
+    missing without which llama.cpp stops at a picture.
+    """
     from vlmexport.lower.gguf.mismatches import require_tokens
     from vlmexport.lower.gguf.vocab import read_vocabulary
 

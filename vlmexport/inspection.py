@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoint
-from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.gguf_options import GgufOptions
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
+from vlmexport.gguf_options import GgufOptions, GgufPlan
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, float_weights, plan_export
 from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONTEXTS = (1024, 4096, 32768)
 _PICTURE_SIZES = ((224, 224), (640, 480), (480, 640), (1920, 1080))
 _INT4_GROUP = 32
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TokenizerCheck: TypeAlias = "Callable[[VLM, GgufPlan], object]"
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,12 @@ class InspectReport:
         return dataclasses.asdict(self)
 
 
-def inspect_vlm(vlm: VLM) -> InspectReport:
-    """Describe `vlm`; a model that cannot be split is still described, with the reason at every target."""
+def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
+    """Describe `vlm`; a model that cannot be split is still described, with the reason at every target.
+
+    `check_tokenizer` raises `BadInputError` or `NotPossibleHereError` when llama.cpp has no such tokenizer; the caller
+    hands it in, since this module does not know how files are written.
+    """
     from vlmexport.split.capture import split_model
 
     parameters = sum(p.numel() for p in vlm.model.parameters())
@@ -122,7 +126,7 @@ def inspect_vlm(vlm: VLM) -> InspectReport:
     except UnsupportedModelError as error:
         refusal = str(error)
     tokens, note = tokens_per_image(vlm)
-    targets = tuple(_target_report(name, vlm, split, refusal) for name in target_names())
+    targets = tuple(_target_report(name, vlm, split, refusal, check_tokenizer) for name in target_names())
     return InspectReport(
         model=vlm.source,
         architecture=vlm.facts.architecture,
@@ -211,10 +215,12 @@ def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:
     return found, "the number is fixed" if len(set(found.values())) == 1 else "the number depends on the picture's size"
 
 
-def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> TargetReport:
+def _target_report(
+    name: str, vlm: VLM, split: Split | None, refusal: str, check_tokenizer: TokenizerCheck
+) -> TargetReport:
     target = load_target(name)
     if target.onnx_settings is None:
-        return _gguf_report(target, vlm)
+        return _gguf_report(target, vlm, check_tokenizer)
     if split is None:
         return TargetReport(name, False, refusal)
     try:
@@ -225,13 +231,12 @@ def _target_report(name: str, vlm: VLM, split: Split | None, refusal: str) -> Ta
     return TargetReport(name, True, f"{target.description}; {megabytes:.1f} MB of weights with the default options")
 
 
-def _gguf_report(target: Target, vlm: VLM) -> TargetReport:
+def _gguf_report(target: Target, vlm: VLM, check_tokenizer: TokenizerCheck) -> TargetReport:
     """Whether llama.cpp has a place for every weight and a tokenizer to write; no split is needed for that."""
-    if not any((vlm.path / name).is_file() for name in _TOKENIZERS):
-        return TargetReport(target.name, False, f"{vlm.path} has none of {', '.join(_TOKENIZERS)}")
     try:
         plan = plan_gguf(vlm, GgufOptions())
-    except BadInputError as error:
+        check_tokenizer(vlm, plan)
+    except (BadInputError, NotPossibleHereError) as error:
         return TargetReport(target.name, False, str(error))
     megabytes = sum(t.bytes for t in plan.tensors) / 1e6
     return TargetReport(
