@@ -48,6 +48,12 @@ def test_end_tokens_come_from_the_generation_config(mock_artifact: Artifact) -> 
     assert OnnxRunner(mock_artifact).eos_token_ids == (config["eos_token_id"],)
 
 
+def test_a_broken_generation_config_is_named(mock_artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(BadInputError, match=r"generation_config\.json is not valid JSON"):
+        _ = OnnxRunner(Artifact(tmp_path, mock_artifact.manifest)).eos_token_ids
+
+
 def test_a_seed_repeats_an_answer(mock_artifact: Artifact) -> None:
     runner = OnnxRunner(mock_artifact, threads=1)
     prompt = PromptBuilder(mock_artifact.path).build([], "read the word.")

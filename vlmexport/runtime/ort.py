@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,6 +15,7 @@ from onnxruntime import InferenceSession
 from vlmexport.cpu import cpu_flags, int8_gain
 from vlmexport.errors import ArtifactError, NotPossibleHereError
 from vlmexport.manifest import PREFILL_PART, Artifact
+from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
@@ -55,8 +55,7 @@ class OnnxRunner:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-answer ids of the export's generation config, or else of its manifest."""
-        file = self.artifact.path / "generation_config.json"
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        eos = read_json_if_there(self.artifact.path / "generation_config.json").get("eos_token_id")
         if eos is None:
             eos = self.model["eos_token_ids"]
         return tuple(eos) if isinstance(eos, list) else (eos,)
