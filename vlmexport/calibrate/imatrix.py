@@ -23,7 +23,7 @@ from vlmexport.progress import Progress
 from vlmexport.quantize.fold import Fold
 from vlmexport.quantize.ggml import values
 from vlmexport.quantize.ggml.imatrix import ColumnPower, ImportanceMatrix, chunks_of
-from vlmexport.quantize.ggml.types import ggml_type
+from vlmexport.quantize.ggml.types import NEEDS_IMPORTANCE, ggml_type
 from vlmexport.quantize.statistics import InputPower
 from vlmexport.split.matrices import PACKED_AXES
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
 
-# Types that llama-quantize refuses to make without an importance matrix (llama-quant.cpp, tensor_requires_imatrix).
-NEEDS_IMPORTANCE = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
