@@ -27,9 +27,9 @@ class GgufOptions:
     """The choices of ``vlmexport gguf``.
 
     `quant` is a file type of llama-quantize (``Q4_K_M``); where `scheme` is given, or a checkpoint's own codes are
-    kept, codes are handed over without loss as Q4_0, Q4_1 or Q8_0, and `quant` is that type. `smooth` folds AWQ's scales into
-    the weights before they are quantized. `imatrix`: made from the calibration (``auto``), none, or a file of
-    llama.cpp's. `tensor_types` are (regular expression, type) pairs, first match wins. `compatible` follows
+    kept, codes are handed over without loss as Q4_0, Q4_1 or Q8_0, and `quant` is that type. `smooth` folds AWQ's
+    scales into the weights before they are quantized. `imatrix`: made from the calibration (``auto``), none, or a file
+    of llama.cpp's. `tensor_types` are (regular expression, type) pairs, first match wins. `compatible` follows
     llama-quantize where it has a quirk. `named` says that the user asked for `quant`: it is no default then that gives
     way to the codes of a quantized checkpoint.
     """
