@@ -84,6 +84,14 @@ def test_halves_given_the_wrong_way_round(gguf: Files) -> None:
         LlamaCppRunner(gguf.text, gguf.text)
 
 
+def test_another_log_in_the_process_does_not_keep_the_reason(gguf: Files) -> None:
+    library = bindings.llama()
+    library.llama_log_set(None, None)  # as xllamacpp.Server does with its own
+    library.mtmd_helper_log_set(None, None)
+    with pytest.raises(ArtifactError, match="CLIP cannot be used as main model"):
+        LlamaCppRunner(gguf.mmproj, gguf.text)
+
+
 def test_halves_of_different_models(gguf: Files, tmp_path: Path) -> None:
     other = _narrower(gguf.mmproj, tmp_path / "other.gguf")
     with pytest.raises(ArtifactError, match=r"does not load .*other\.gguf: mismatch .* \(n_embd = 256\)"):

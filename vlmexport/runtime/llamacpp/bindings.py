@@ -131,12 +131,21 @@ class Log:
 LOG = Log()
 
 
-@cache
 def llama() -> Any:
     """The library with all prototypes set, its log silenced (errors go to `LOG`), ready for use.
 
+    The log is set at every call: whoever else uses the library in this process (`xllamacpp.Server`) sets its own.
     Raises `NotPossibleHereError` where the pinned wheel is missing or its structs are not the ones we know.
     """
+    library = _library()
+    address = ctypes.cast(LOG.callback, c_void_p)
+    library.llama_log_set(address, None)
+    library.mtmd_helper_log_set(address, None)
+    return library
+
+
+@cache
+def _library() -> Any:
     ggml_library()  # which refuses other wheels and other bytes; its own handle keeps its own prototypes
     library = ctypes.CDLL(str(require_library()))
     for name, (result, arguments) in _PROTOTYPES.items():
@@ -145,9 +154,6 @@ def llama() -> Any:
             raise _foreign(f"it has no {name}")
         function.restype, function.argtypes = result, list(arguments)
     check_defaults(library)
-    address = ctypes.cast(LOG.callback, c_void_p)
-    library.llama_log_set(address, None)
-    library.mtmd_helper_log_set(address, None)
     library.llama_backend_init()
     return library
 
