@@ -44,13 +44,13 @@ def test_a_library_with_other_defaults_is_refused() -> None:
 def test_a_library_without_a_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bindings._PROTOTYPES, "llama_does_not_exist", (None, ()))
     with pytest.raises(NotPossibleHereError, match=r"it has no llama_does_not_exist"):
-        llama.__wrapped__()
+        bindings._library.__wrapped__()
 
 
 def test_another_version_of_the_wheel_is_refused(monkeypatch: pytest.MonkeyPatch, gguf: Files) -> None:
     monkeypatch.setattr(wheel, "_installed_version", lambda: "2030.1.1")
     with pytest.raises(NotPossibleHereError, match=r"xllamacpp 2030\.1\.1 .*pip install 'vlmexport\[gguf\]'"):
-        llama.__wrapped__()
+        bindings._library.__wrapped__()
 
 
 def test_a_missing_file(gguf: Files, tmp_path: Path) -> None:
