@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ def emit_gguf(
     Raises `BadInputError` for NaN or infinite weights (naming the tensor) and for values that the type cannot hold.
     """
     records: list[QuantizedRecord] = []
-    with progress.stage("write GGUF", total=len(plan.tensors)) as stage:
+    # PyTorch only converts dtypes here, and its waiting threads would spin against ggml's.
+    with progress.stage("write GGUF", total=len(plan.tensors)) as stage, _one_torch_thread():
         for file in ("text", "mmproj"):
             tensors = plan.of(file)
             arch = plan.arch if file == "text" else "clip"
@@ -73,6 +75,18 @@ def emit_gguf(
                         records.append(_record(tensor, codes))
                     stage.advance(1, tensor.name)
     return tuple(records)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _metadata(plan: GgufPlan, inputs: GgufInputs, file: File) -> dict[str, MetaValue]:
@@ -95,19 +109,20 @@ def _rows(plan: GgufPlan, tensor: GgufTensor, inputs: GgufInputs, threads: int) 
     importance = inputs.importance.get(tensor.name)
     folded = tensor.source in inputs.decoder.folds
     weight = inputs.decoder.tensor(tensor.source) if folded else inputs.weights[tensor.source]
-    if tensor.transform is None and weight.ndim == 2:
-        step = max(1, _CHUNK_VALUES // weight.shape[1])
-        for start in range(0, weight.shape[0], step):
-            part = weight[start : start + step]
-            yield _quantize(part.float().numpy(), tensor, importance, threads)
-            drop_pages(part)
-        return
     kind, arguments = (tensor.transform.kind, tensor.transform.arguments) if tensor.transform else (None, ())
     made = values.apply(weight, kind, arguments)[tensor.output]
-    # A packed tensor [experts, rows, columns] has weights of its columns for every expert.
-    for index, matrix in enumerate([made] if made.ndim < 3 or importance is None else made):
-        own = importance if importance is None or importance.ndim == 1 else importance[index]
-        yield _quantize(matrix.float().contiguous().numpy(), tensor, own, threads)
+    if made.ndim == 2:
+        step = max(1, _CHUNK_VALUES // made.shape[1])
+        for start in range(0, made.shape[0], step):
+            part = made[start : start + step]
+            yield _quantize(part.float().contiguous().numpy(), tensor, importance, threads)
+            if kind is None:
+                drop_pages(part)
+    else:
+        # A packed tensor [experts, rows, columns] has weights of its columns for every expert.
+        for index, matrix in enumerate([made] if made.ndim < 3 or importance is None else made):
+            own = importance if importance is None or importance.ndim == 1 else importance[index]
+            yield _quantize(matrix.float().contiguous().numpy(), tensor, own, threads)
     drop_pages(weight)
 
 
