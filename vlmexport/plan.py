@@ -45,6 +45,7 @@ class OnnxOptions:
     gives way to the codes of a quantized checkpoint. `kv_cache` "same" stores the cache at `decoder_dtype`; `prefill`
     "same" runs prompts through the graph that decodes. `choice` is what ``--quant auto`` has to meet (starting from
     `scheme`) or a plan file; it must be settled (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
+    `cache_length`: tokens of the cache of the ``static`` form of attention, which is TensorRT's and needs it.
     """
 
     target: str = "cpu"
@@ -53,12 +54,13 @@ class OnnxOptions:
     encoder_dtype: Dtype | None = None
     decoder_dtype: Dtype | None = None
     lm_head: Literal["quantized", "fp16"] = "quantized"
-    attention: Literal["gqa", "standard"] = "gqa"
+    attention: Literal["gqa", "standard", "static"] = "gqa"
     kv_cache: KVCache = "same"
     prefill: Prefill = "same"
     keep: tuple[str, ...] = ()
     scheme_named: bool = False
     choice: AutoLimit | QuantPlan | None = None
+    cache_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,13 @@ def check_options(options: OnnxOptions, target: Target) -> None:
     if options.layout not in target.layouts:
         raise BadInputError(
             f"target {target.name} has no layout {options.layout!r}; it has {', '.join(target.layouts)}"
+        )
+    if (options.attention == "static") != (target.onnx.dialect == "tensorrt") or (
+        (options.attention == "static") != (options.cache_length is not None)
+    ):
+        raise BadInputError(
+            f"attention {options.attention!r} with a cache of {options.cache_length} tokens does not go with target "
+            f"{target.name}; a static cache and its length are for tensorrt alone"
         )
     _check_kv_cache(options, target)
     check_prefill(options, target)

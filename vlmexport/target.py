@@ -20,10 +20,12 @@ Dtype = Literal["fp16", "fp32"]
 class OnnxSettings:
     """How graphs are written for this target: opset, precision of the decoder and the encoder, MatMulNBits level.
 
-    `kv_cache`: what ``--kv-cache`` may be; ``int8`` only where the runtime's quantized cache was proven. `prefill`:
-    what ``--prefill`` may be; ``int8`` for CPUs.
+    `dialect`: ``ort`` writes ONNX Runtime's own operators, ``tensorrt`` standard ones that NVIDIA's parser takes, with
+    a static KV cache. `kv_cache`: what ``--kv-cache`` may be; ``int8`` only where the runtime's quantized cache was
+    proven. `prefill`: what ``--prefill`` may be; ``int8`` for CPUs.
     """
 
+    dialect: Literal["ort", "tensorrt"]
     opset: int
     accuracy_level: int
     decoder_dtype: Dtype
@@ -143,8 +145,8 @@ def target_names() -> list[str]:
 
 
 def onnx_target_names() -> list[str]:
-    """Names of the shipped profiles whose runtime reads ONNX graphs: the choices of ``vlmexport onnx --target``."""
-    return [name for name in target_names() if "onnx" in _read(name)]
+    """Names of the shipped profiles for ONNX Runtime: the choices of ``vlmexport onnx --target``."""
+    return [name for name in target_names() if _read(name)["runtime"] == "onnxruntime"]
 
 
 def load_target(name: str) -> Target:
