@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import BadInputError
@@ -10,6 +11,7 @@ from vlmexport.quantize.scheme import MAX_GROUP, MIN_GROUP, PER_CHANNEL, QuantSc
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
+    from vlmexport.quantize.tensor import QuantizedTensor
 
 
 def check_kept(kept: QuantizedCheckpoint | None, scheme: QuantScheme | None, *, named: bool) -> None:
@@ -52,3 +54,30 @@ def codes_scheme(name: str, codes: CodeFormat) -> QuantScheme:
         return QuantScheme(codes.bits, codes.symmetric, size, codes.codebook or IMPORTED)
     except BadInputError as error:
         raise BadInputError(f"{name} came quantized, {codes.words(per_channel=True)}: {error}") from error
+
+
+class _Subset(Mapping[str, "QuantizedTensor"]):
+    """Those codes of a checkpoint that are kept; read when asked for, like the checkpoint's own."""
+
+    def __init__(self, codes: Mapping[str, QuantizedTensor], names: frozenset[str]) -> None:
+        self._codes, self._names = codes, names
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._codes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def kept_codes(kept: QuantizedCheckpoint, schemes: Mapping[str, QuantScheme]) -> Mapping[str, QuantizedTensor]:
+    """The checkpoint's codes of the weights whose scheme describes them; the others are to be rounded again."""
+    names = [n for n, f in kept.formats.items() if n in schemes and schemes[n] == codes_scheme(n, f)]
+    return _Subset(kept.codes, frozenset(names))

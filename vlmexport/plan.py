@@ -18,6 +18,7 @@ from vlmexport.quantize.advice import quantization_advice
 from vlmexport.quantize.blocks import block_size
 from vlmexport.quantize.registry import algorithm, check_installed
 from vlmexport.quantize.scheme import PER_CHANNEL, QuantScheme, make_scheme
+from vlmexport.trt_schemes import check_tensorrt_scheme, requantized_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ class OnnxOptions:
     "same" runs prompts through the graph that decodes. `choice` is what ``--quant auto`` has to meet (starting from
     `scheme`) or a plan file; it must be settled (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
     `cache_length`: tokens of the cache of the ``static`` form of attention, which is TensorRT's and needs it.
+    `requantize`: codes of a quantized checkpoint that the target cannot hold are rounded again, to symmetric integers.
     """
 
     target: str = "cpu"
@@ -61,6 +63,7 @@ class OnnxOptions:
     scheme_named: bool = False
     choice: AutoLimit | QuantPlan | None = None
     cache_length: int | None = None
+    requantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,8 @@ def _check_scheme(scheme: QuantScheme, target: Target) -> None:
         reason = target.quantization.refused.get(str(scheme.bits), "its runtime has no kernel for them")
         taken = ", ".join(map(str, target.quantization.bits))
         raise BadInputError(f"target {target.name} refuses {scheme.bits}-bit weights: {reason}; choose {taken}")
+    if target.onnx.dialect == "tensorrt":
+        check_tensorrt_scheme(scheme)
 
 
 def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) -> ExportPlan:
@@ -384,13 +389,16 @@ class _Planner:
     def _kept_scheme(self, kept: QuantizedCheckpoint, name: str) -> tuple[QuantScheme | None, str]:
         if name not in kept.formats:
             return None, f"unquantized in the {kept.method} checkpoint"
-        scheme = kept_scheme(name, kept.formats[name], self.decoder_dtype)
         try:
+            scheme = kept_scheme(name, kept.formats[name], self.decoder_dtype)
             _check_scheme(scheme, self._target)
         except BadInputError as error:
+            if self.options.requantize:
+                words = kept.formats[name].words(per_channel=True)
+                return requantized_scheme(kept.formats[name], name), f"rounded again (--requantize), it came {words}"
             raise BadInputError(
                 f"the codes of the {kept.method} checkpoint cannot be kept: {error}, which needs the original weights; "
-                "or --quant none for floats"
+                f"{_way_out(self._target)}"
             ) from error
         return scheme, f"codes kept from the {kept.method} checkpoint"
 
@@ -417,6 +425,13 @@ class _Planner:
             return tensor.numel() * tensor.element_size()
         found = self._kept.formats.get(name)  # the model is in float32, the checkpoint is not
         return tensor.numel() * self._float_bytes if found is None else found.stored
+
+
+def _way_out(target: Target) -> str:
+    """What to do with codes that `target` cannot hold."""
+    if target.onnx.dialect == "tensorrt":
+        return "or --requantize to round them again, or --quant fp16"
+    return "or --quant none for floats"
 
 
 def linear_weights(vlm: VLM) -> frozenset[str]:

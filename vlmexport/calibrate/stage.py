@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmexport.calibrate.recipe import CalibrationOptions
+from vlmexport.kept_codes import kept_codes
 from vlmexport.progress import Progress
 from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.weights import DecoderWeights
@@ -32,8 +33,8 @@ def decoder_weights(
     the weights until they have been written.
     """
     tensors = weight_names(vlm.model, split.parts[Role.DECODER].module)
-    if vlm.quantized is not None:  # the plan describes the codes that the checkpoint came with, and no others
-        return DecoderWeights(tensors, schemes, vlm.quantized.codes), None
+    if vlm.quantized is not None:
+        return DecoderWeights(tensors, schemes, kept_codes(vlm.quantized, schemes)), None
     if not any(scheme.calibrated for scheme in schemes.values()):
         return DecoderWeights(tensors, schemes), None
     from vlmexport.calibrate.loop import calibrate_decoder
