@@ -1,7 +1,8 @@
 """The decoder graph under ONNX Runtime: who owns the KV cache, what the mask says, how buffers are bound.
 
-Two forms (docs/manifest.md). ``gqa``: one buffer per layer and kind, longer than the valid tokens, bound as past *and*
-present, so a step writes in place. ``standard``: the graph returns a longer cache every step, which is fed back.
+Two forms (docs/manifest.md; the third, ``static``, is in `static_decoder`). ``gqa``: one buffer per layer and kind,
+longer than the valid tokens, bound as past *and* present, so a step writes in place. ``standard``: the graph returns a
+longer cache every step, which is fed back.
 A second graph with the same inputs and outputs may compute prompts, on the same buffers (``gqa`` only).
 The class also runs other builders' decoder graphs with the same names, which is how they are compared fairly.
 """
@@ -84,7 +85,7 @@ class DecoderSession:
         self._check_contract()
         self.kv_dtype = self.input_types[pairs[0][0]]
         logits = next(o for o in session.get_outputs() if o.name == "logits")
-        self.vocab_size, self.logits_dtype = _static_width(logits), NUMPY_TYPES[logits.type]
+        self.vocab_size, self.logits_dtype = static_width(logits), NUMPY_TYPES[logits.type]
 
     def _check_contract(self) -> None:
         needed = [self.sequence_input, "attention_mask", *self.present_of]
@@ -228,7 +229,8 @@ class DecoderSession:
         return {past: np.zeros(shape, self.kv_dtype) for past in self.present_of}
 
 
-def _static_width(logits: Any) -> int:
+def static_width(logits: Any) -> int:
+    """The vocabulary size, which the graph's output `logits` must have fixed; else `PartOutputError`."""
     width = logits.shape[-1] if logits.shape else None
     if not isinstance(width, int):
         raise PartOutputError(PART, f"logits have shape {logits.shape}; the last dimension must be the vocabulary size")

@@ -1,4 +1,4 @@
-"""`OnnxRunner`: an export of the ``split`` layout, run by ONNX Runtime alone."""
+"""`OnnxRunner`: an export of the ``split`` or ``tensorrt`` layout, run by ONNX Runtime alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
+from vlmexport.runtime.pictures import without_padding_pictures
 from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
 from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSettings, checked, open_session
+from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
 
+TENSORRT_LAYOUT = "tensorrt"
 _DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
 
 
@@ -69,7 +72,8 @@ class OnnxRunner:
 
     def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
-        return self._vision(pixel_inputs)
+        static = self.artifact.manifest.layout == TENSORRT_LAYOUT
+        return self._vision(without_padding_pictures(pixel_inputs) if static else pixel_inputs)
 
     def project(self, vision_features: Array) -> Array:
         """Image features ``[image_tokens, hidden]``."""
@@ -110,13 +114,15 @@ class OnnxRunner:
         return PartSession(self.artifact.part_path("embed_tokens"), "embed_tokens", settings, "inputs_embeds")
 
     @cached_property
-    def _decoder(self) -> DecoderSession:
+    def _decoder(self) -> DecoderSession | StaticDecoder:
         session = open_session(self.artifact.part_path("decoder"), "decoder", self.settings)
         kv, attention = self.model["kv"], self.model["attention"]
-        if attention not in ("gqa", "standard"):
-            raise ArtifactError(f"{self.artifact.path}: attention {attention!r} is unknown; gqa or standard")
+        if attention not in ("gqa", "standard", "static"):
+            raise ArtifactError(f"{self.artifact.path}: attention {attention!r} is unknown; gqa, standard or static")
         geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
         device = _DEVICES.get(self.settings.provider, "cpu")
+        if attention == "static":
+            return StaticDecoder(session, geometry, device)
         return DecoderSession(session, geometry, attention, device, self._prompt_session())
 
     def _prompt_session(self) -> InferenceSession | None:
