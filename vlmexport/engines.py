@@ -7,16 +7,24 @@ loaders find out late or not at all (TensorRT issues 2176, 574, 2072, 1318).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vlmexport.manifest import PartFile
+from vlmexport.errors import ArtifactError
+from vlmexport.manifest import PartFile, file_sha256
 
 ENGINES_FOLDER = "engines"
+ENGINE_SUFFIX = ".engine"
 SIDECAR_FORMAT = "vlmexport-engine"
 SIDECAR_VERSION = 1
 Flavour: TypeAlias = Literal["rtx", "trt"]
+LIBRARIES: dict[Flavour, str] = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
 # Smallest, usual and largest size of a dynamic axis.
 AxisRange: TypeAlias = tuple[int, int, int]
 Dims: TypeAlias = tuple[int, ...]
@@ -148,3 +156,203 @@ class Sidecar:
     graph: dict[str, str]
     engine: str
     bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sidecar as JSON data, with its format and version."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {"compute_capabilities": list(self.compute_capabilities), "spec": self.spec.to_dict()}
+        return {"format": SIDECAR_FORMAT, "sidecar_version": SIDECAR_VERSION, **fields, **changed}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Sidecar:
+        """Read `to_dict`'s data back.
+
+        Raises `ArtifactError` for another format, a newer version, missing or unknown keys and values of a wrong type.
+        """
+        if data.get("format") != SIDECAR_FORMAT:
+            raise ArtifactError(f"format {data.get('format')!r}, expected {SIDECAR_FORMAT!r}")
+        if data.get("sidecar_version") != SIDECAR_VERSION:
+            raise ArtifactError(
+                f"sidecar_version {data.get('sidecar_version')!r}; this vlmexport reads {SIDECAR_VERSION}: upgrade it"
+            )
+        known = {f.name for f in dataclasses.fields(Sidecar)} | {"format", "sidecar_version"}
+        if data.keys() != known:
+            missing, unknown = sorted(known - data.keys()), sorted(data.keys() - known)
+            raise ArtifactError(f"missing keys {missing}, unknown keys {unknown}")
+        wrong = [key for key, is_right in _SIDECAR_TYPES.items() if not is_right(data[key])]
+        if wrong:
+            raise ArtifactError(f"{wrong[0]} is {data[wrong[0]]!r}")
+        try:
+            spec = EngineSpec.from_dict(data["spec"])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ArtifactError(f"spec is damaged: {error}") from error
+        return Sidecar(
+            data["flavour"],
+            data["version"],
+            tuple(data["compute_capabilities"]),
+            data["gpu"],
+            spec,
+            dict(data["graph"]),
+            data["engine"],
+            data["bytes"],
+        )
+
+    def write(self, engine: Path) -> Path:
+        """Write the sidecar beside `engine`, at once: a reader sees the old one or the new one."""
+        path = sidecar_path(engine)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        return path
+
+    @staticmethod
+    def read(engine: Path) -> Sidecar:
+        """The sidecar beside `engine`; raises `ArtifactError` when it is missing or damaged."""
+        path = sidecar_path(engine)
+        if not path.is_file():
+            raise ArtifactError(f"{engine} has no sidecar {path.name}: nothing says what it was built for; {_REBUILD}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ArtifactError(f"{path} is not a JSON object")
+        try:
+            return Sidecar.from_dict(data)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
+
+
+_REBUILD = "build the engine again (build_engines.sh in the export's folder)"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_COMPUTE_CAPABILITY = re.compile(r"(\d+)\.(\d)")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
+
+
+def _are_compute_capabilities(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(v, str) and _COMPUTE_CAPABILITY.fullmatch(v) for v in value)
+
+
+_SIDECAR_TYPES: dict[str, Callable[[Any], bool]] = {
+    "flavour": lambda value: isinstance(value, str) and value in LIBRARIES,
+    "version": lambda value: isinstance(value, str) and value != "",
+    "compute_capabilities": _are_compute_capabilities,
+    "gpu": lambda value: isinstance(value, str),
+    "spec": lambda value: isinstance(value, dict),
+    "graph": lambda value: isinstance(value, dict) and value != {} and all(map(_is_digest, value.values())),
+    "engine": _is_digest,
+    "bytes": lambda value: type(value) is int and value > 0,
+}
+
+
+def sm_name(compute_capability: str) -> str:
+    """``sm80`` for ``8.0``; ValueError for what is no compute capability."""
+    match = _COMPUTE_CAPABILITY.fullmatch(compute_capability)
+    if match is None:
+        raise ValueError(f"{compute_capability!r} is no compute capability such as 8.0")
+    return f"sm{match[1]}{match[2]}"
+
+
+def engine_path(root: Path, place: str, name: str) -> Path:
+    """``engines/<place>/<name>.engine`` of the export in `root`.
+
+    Raises `ArtifactError` for a place or name that is not a plain file name: both may be read from an export.
+    """
+    for word in (place, name):
+        if not _NAME.fullmatch(word):
+            raise ArtifactError(f"{word!r} cannot name an engine or its folder: letters, digits, '_', '-' and '.' only")
+    return root / ENGINES_FOLDER / place / f"{name}{ENGINE_SUFFIX}"
+
+
+def sidecar_path(engine: Path) -> Path:
+    """``NAME.engine.json`` beside ``NAME.engine``."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def find_engines(root: Path) -> list[tuple[Path, Sidecar]]:
+    """Every engine of the export in `root` with its sidecar, by path; `ArtifactError` where a sidecar cannot be read.
+
+    Nothing but the sidecars is read: `check_sidecar` comes before the use of any of them.
+    """
+    found = sorted((root / ENGINES_FOLDER).glob(f"*/*{ENGINE_SUFFIX}"))
+    return [(path, Sidecar.read(path)) for path in found]
+
+
+def graph_digests(onnx_path: Path) -> dict[str, str]:
+    """SHA-256 of an ONNX file and of every file of external data that it names, by path relative to its folder.
+
+    Raises `ArtifactError` when the graph cannot be read, or names data that is missing or outside its folder.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    folder = onnx_path.parent.resolve()
+    try:
+        model = onnx.load(onnx_path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ArtifactError(f"{onnx_path} cannot be read as ONNX: {error}") from error
+    digests = {onnx_path.name: file_sha256(onnx_path)}
+    for location in sorted(set(_external_locations(model))):
+        file = (folder / location).resolve()
+        if not file.is_relative_to(folder):
+            raise ArtifactError(f"{onnx_path} names the data {location!r}, which is outside its folder")
+        if not file.is_file():
+            raise ArtifactError(f"{onnx_path} names the data {location!r}, which is missing")
+        digests[file.relative_to(folder).as_posix()] = file_sha256(file)
+    return digests
+
+
+def _external_locations(message: Any) -> Iterator[str]:
+    """The files of external data of all tensors below a protobuf message: initializers, attributes, subgraphs."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield from (entry.value for entry in message.external_data if entry.key == "location")
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Iterable) else (value,):
+                yield from _external_locations(inner)
+
+
+def check_sidecar(
+    engine_path: Path, *, flavour: Flavour, version: str, compute_capability: str, graph: Path | None, gpu: str = ""
+) -> Sidecar:
+    """The sidecar of an engine that may be loaded here; to be called before any byte of it is given to the library.
+
+    `flavour` and `version` are the library that would load it; `compute_capability` is the GPU's and `gpu` its name,
+    for the message; `graph` the ONNX file that the engine must stand for (None: not compared).
+    Raises `ArtifactError`, one line, for a missing or damaged sidecar, another library or version, another compute
+    capability, an engine whose bytes were changed, and a graph that was changed since.
+    """
+    if not engine_path.is_file():
+        raise ArtifactError(f"there is no engine {engine_path}; {_REBUILD}")
+    sidecar = Sidecar.read(engine_path)
+    if sidecar.flavour != flavour or sidecar.version != version:
+        raise ArtifactError(
+            f"{engine_path} was built by {LIBRARIES[sidecar.flavour]} {sidecar.version}, here is {LIBRARIES[flavour]} "
+            f"{version}: install that version, or {_REBUILD}"
+        )
+    if compute_capability not in sidecar.compute_capabilities:
+        built_for = " and ".join(sidecar.compute_capabilities) + (f" ({sidecar.gpu})" if sidecar.gpu else "")
+        here = compute_capability + (f" ({gpu})" if gpu else "")
+        raise ArtifactError(f"{engine_path} was built for {built_for}, this GPU is {here}: {_REBUILD}")
+    if engine_path.stat().st_size != sidecar.bytes or file_sha256(engine_path) != sidecar.engine:
+        raise ArtifactError(f"{engine_path} was changed after it was built (its SHA-256 differs from the sidecar's)")
+    if graph is not None:
+        _check_graph(engine_path, sidecar, graph)
+    return sidecar
+
+
+def _check_graph(engine: Path, sidecar: Sidecar, graph: Path) -> None:
+    now = graph_digests(graph)
+    changed = sorted(name for name in now.keys() | sidecar.graph.keys() if now.get(name) != sidecar.graph.get(name))
+    if changed:
+        raise ArtifactError(f"{engine} was built from another {graph.name} ({', '.join(changed)} differ): {_REBUILD}")

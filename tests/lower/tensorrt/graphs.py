@@ -53,6 +53,7 @@ def write_decoder(
     """``decoder.onnx`` in `folder`, with its large tensors in ``decoder.onnx.data`` if `external`; the graph's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "decoder.onnx"
+    (folder / "decoder.onnx.data").unlink(missing_ok=True)  # onnx.save would append to it
     model = decoder_graph(shape, weights, **kwargs)
     onnx.save(model, path, save_as_external_data=external, location="decoder.onnx.data", size_threshold=256)
     return path
