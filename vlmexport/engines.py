@@ -288,27 +288,32 @@ def find_engines(root: Path) -> list[tuple[Path, Sidecar]]:
 
 
 def graph_digests(onnx_path: Path) -> dict[str, str]:
-    """SHA-256 of an ONNX file and of every file of external data that it names, by path relative to its folder.
+    """SHA-256 of every one of `graph_files`, by path relative to the graph's folder; raises as that does."""
+    return {name: file_sha256(onnx_path.parent / name) for name in graph_files(onnx_path)}
+
+
+def graph_files(onnx_path: Path) -> tuple[str, ...]:
+    """An ONNX file and every file of external data that it names, relative to its folder; the graph comes first.
 
     Raises `ArtifactError` when the graph cannot be read, or names data that is missing or outside its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     folder = onnx_path.parent.resolve()
     try:
         model = onnx.load(onnx_path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise ArtifactError(f"{onnx_path} cannot be read as ONNX: {error}") from error
-    digests = {onnx_path.name: file_sha256(onnx_path)}
+    names = [onnx_path.name]
     for location in sorted(set(_external_locations(model))):
         file = (folder / location).resolve()
         if not file.is_relative_to(folder):
             raise ArtifactError(f"{onnx_path} names the data {location!r}, which is outside its folder")
         if not file.is_file():
             raise ArtifactError(f"{onnx_path} names the data {location!r}, which is missing")
-        digests[file.relative_to(folder).as_posix()] = file_sha256(file)
-    return digests
+        names.append(file.relative_to(folder).as_posix())
+    return tuple(names)
 
 
 def _external_locations(message: Any) -> Iterator[str]:
