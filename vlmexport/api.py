@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from vlmexport.quantize_pipeline import CheckpointResult
     from vlmexport.runtime.generate import Answer
     from vlmexport.runtime.sampling import Sampling
+    from vlmexport.trt_options import TrtOptions
+    from vlmexport.trt_pipeline import TrtResult
+    from vlmexport.trt_plan import TrtPlan
     from vlmexport.verify.result import ParityReport
 
 
@@ -95,6 +98,61 @@ def export_onnx(
     from vlmexport import pipeline
 
     return pipeline.export_onnx(
+        model,
+        out,
+        options,
+        calibration=calibration,
+        force=force,
+        verify=verify,
+        progress=progress or SilentProgress(),
+        lora=lora,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def plan_trt(
+    model: str,
+    options: TrtOptions,
+    *,
+    progress: Progress | None = None,
+    lora: str | None = None,
+    trust_remote_code: bool = False,
+) -> TrtPlan:
+    """What `export_trt` would do, whether the result fits the GPU, and the floors of its times; nothing is written.
+
+    Raises `BadInputError` when it does not fit, naming the largest batch and length that do.
+    """
+    from vlmexport import trt_plan
+    from vlmexport.lower.tensorrt.build import rtx_version
+    from vlmexport.pipeline import load_and_split
+
+    version = rtx_version()
+    trt_plan.check_trt_options(options, version)
+    vlm, split = load_and_split(model, trust_remote_code, progress or SilentProgress(), lora=lora)
+    return trt_plan.plan_trt(vlm, split, options, version)
+
+
+def export_trt(
+    model: str,
+    out: Path,
+    options: TrtOptions,
+    *,
+    calibration: CalibrationOptions | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    lora: str | None = None,
+    trust_remote_code: bool = False,
+) -> TrtResult:
+    """Export `model` for TensorRT into the folder `out`: graphs, engines where they can be built, build scripts.
+
+    The gate (`verify`) judges the graphs in ONNX Runtime; engines that no GPU could run here are *not run*, and never
+    passed.
+    Raises as `vlmexport.trt_pipeline.export_trt`.
+    """
+    from vlmexport import trt_pipeline
+
+    return trt_pipeline.export_trt(
         model,
         out,
         options,

@@ -14,7 +14,7 @@ _LINEAGE_KEYS = ("license", "license_name", "license_link", "language", "base_mo
 
 def model_card(manifest: Manifest, source: Path) -> str:
     """README.md of the export: hub metadata, then the numbers and commands a user needs. Lines are markdown."""
-    lines = [*_metadata(manifest, source), "", f"# {Path(manifest.source['model']).name}: ONNX export", ""]
+    lines = [*metadata(manifest, source), "", f"# {Path(manifest.source['model']).name}: ONNX export", ""]
     graphs = ", ".join(f"`{part.file}`" for part in manifest.parts.values())
     lines += [
         f"`{manifest.source['architecture']}` split into {graphs} by "
@@ -33,17 +33,20 @@ def model_card(manifest: Manifest, source: Path) -> str:
         "The graphs' inputs, outputs and the way they fit together are in `manifest.json`; the decoder needs "
         f"{'right padding' if manifest.model['padding'] == 'right' else 'no particular padding'}.",
         "",
-        "## Weights kept unquantized",
-        "",
-        "| part | dtype | count | reason |",
-        "|---|---|---|---|",
+        *kept_table(manifest),
     ]
-    counts = Counter((k.part, k.dtype, k.reason) for k in manifest.unquantized)
-    lines += [f"| {part} | {dtype} | {n} | {reason} |" for (part, dtype, reason), n in sorted(counts.items())]
     return "\n".join(lines) + "\n"
 
 
-def _metadata(manifest: Manifest, source: Path) -> list[str]:
+def kept_table(manifest: Manifest) -> list[str]:
+    """The section on the weights that are not quantized, alike ones counted."""
+    counts = Counter((k.part, k.dtype, k.reason) for k in manifest.unquantized)
+    rows = [f"| {part} | {dtype} | {n} | {reason} |" for (part, dtype, reason), n in sorted(counts.items())]
+    return ["## Weights kept unquantized", "", "| part | dtype | count | reason |", "|---|---|---|---|", *rows]
+
+
+def metadata(manifest: Manifest, source: Path) -> list[str]:
+    """The card's header for the hub: library, task, tags, licence and lineage."""
     kept = lineage(source / "README.md")
     lines = ["---", "library_name: onnx", "pipeline_tag: image-text-to-text", "tags:", "- onnx", "- vlmexport"]
     return [*lines, *kept, "---"]
@@ -71,17 +74,22 @@ def _quantization(manifest: Manifest) -> str:
     cache = ["The KV cache holds 8-bit integers."] if manifest.model["kv"]["dtype"] == "int8" else []
     prompts = "Prompts run through a graph of their own, `decoder_prefill.onnx`, with INT8 products."
     more = [*cache, *([prompts] if manifest.model.get("prefill") else [])]
-    return " ".join([_decoder(manifest), *more])
+    return " ".join([decoder_words(manifest), *more])
 
 
-def _decoder(manifest: Manifest) -> str:
+def decoder_words(manifest: Manifest) -> str:
+    """What of the decoder is quantized, how, and whose codes they are."""
     own = [record for record in manifest.quantized if record.part == "decoder"]
     if not own:
         return f"No weight of the decoder is quantized; it computes in {manifest.model['decoder_dtype']}."
     kinds = Counter(f"{_kind(r)}, groups of {r.group_size}" for r in own)
     told = "; ".join(f"{n} matrices {kind}" for kind, n in kinds.items())
     source = manifest.source.get("quantization")
-    kept = f" Codes and scales are those of the quantized checkpoint ({source['summary']})." if source else ""
+    kept = ""
+    if source:
+        again = sum(w["action"] == "quantize" and "--requantize" in w["reason"] for w in manifest.plan["weights"])
+        kept = f" Codes and scales are those of the quantized checkpoint ({source['summary']})"
+        kept += f", but for {again} matrices that were rounded again (--requantize)." if again else "."
     return f"Decoder: {told}.{kept} Vision encoder, projector and embedding are not quantized."
 
 

@@ -28,6 +28,7 @@ _CORE = ("torch", "transformers", "onnx", "onnxruntime", "safetensors", "numpy",
 _EXTRAS = {
     "gpu": ("onnxruntime", "ONNX Runtime on NVIDIA GPUs"),
     "gguf": ("xllamacpp", "llama.cpp: K-quants, and the proof of GGUF exports"),
+    "rtx": ("tensorrt_rtx", "TensorRT for RTX: engines without a GPU"),
     "dev": ("pytest", "tests and checks"),
 }
 
@@ -102,6 +103,8 @@ def _package(name: str) -> Finding:
 def _target(target: Target, providers: tuple[str, ...]) -> Finding:
     if target.onnx_settings is None:
         return _llama_cpp(target)
+    if target.runtime == "tensorrt":
+        return _tensorrt(target)
     if target.provider not in providers:
         have = ", ".join(providers) or "no ONNX Runtime"
         detail = f"exports can be made here; running them needs {target.provider}, ONNX Runtime has {have}"
@@ -116,6 +119,19 @@ def _llama_cpp(target: Target) -> Finding:
     if missing := _without_llama_cpp():
         return Finding("targets", target.name, False, missing, "pip install 'vlmexport[gguf]'")
     return Finding("targets", target.name, True, target.description)
+
+
+def _tensorrt(target: Target) -> Finding:
+    """Graphs can be made and judged anywhere; engines run only on a GPU, with their own library."""
+    from vlmexport.runtime.tensorrt.bindings import gpu_status, installed_flavours
+
+    status, found = gpu_status(), installed_flavours()
+    names = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
+    have = ", ".join(f"{names[flavour]} {version}" for flavour, version in found.items()) or "no TensorRT"
+    device = f"{status.name}, {status.compute_capability}" if status.available else status.reason
+    works = bool(found) and status.available
+    detail = f"exports can be made and judged here; engines run where the GPU is ({have}; {device})"
+    return Finding("targets", target.name, works, detail, "" if found else "pip install 'vlmexport[rtx]'")
 
 
 def _without_llama_cpp() -> str:

@@ -16,6 +16,8 @@ from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, float_weights, p
 from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
 from vlmexport.quantize.scheme import make_scheme
 from vlmexport.target import Target, load_target, onnx_target_names, target_names
+from vlmexport.trt_options import TrtOptions, trt_onnx_options, trt_scheme
+from vlmexport.trt_plan import settle_options
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
@@ -224,7 +226,10 @@ def _target_report(
     if split is None:
         return TargetReport(name, False, refusal)
     try:
-        plan: ExportPlan = plan_export(vlm, split, target, OnnxOptions(target=name))
+        options = OnnxOptions(target=name)
+        if target.runtime == "tensorrt":
+            options = settle_options(vlm, split, TrtOptions(trt_onnx_options(trt_scheme("int4")), gpu="")).onnx
+        plan: ExportPlan = plan_export(vlm, split, target, options)
     except BadInputError as error:
         return TargetReport(name, False, str(error))
     megabytes = plan.bytes_after / 1e6

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,10 @@ _COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "LICEN
 _NOT_COPIED = (
     "model.safetensors.index.json", "manifest.json", "adapter_config.json",
     "quantize_config.json", "quant_config.json", "vlmexport_quantization.json",
-    "quantization_plan.json",
+    "quantization_plan.json", "engines.json",
 )  # fmt: skip
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "gguf")
-_OPTIONAL_TOOLS = ("xllamacpp",)
+_OPTIONAL_TOOLS = ("xllamacpp", "tensorrt-rtx")
 
 
 def package(
@@ -41,15 +42,21 @@ def package(
     emitted: Emitted,
     folder: Path,
     calibration: dict[str, Any] | None = None,
+    *,
+    facts: dict[str, Any] | None = None,
+    card: Callable[[Manifest, Path], str] = model_card,
 ) -> Artifact:
-    """Complete `folder` (which holds the graphs) and write its manifest; `calibration` is what it says of that."""
+    """Complete `folder` (which holds the graphs) and write its manifest; `calibration` is what it says of that.
+
+    `facts` are what the layout adds to the manifest's ``model``; `card` writes the README.
+    """
     copy_model_files(vlm.path, folder)
     manifest = Manifest(
         layout=plan.options.layout,
         target=plan.options.target,
         created_by=tool_versions(),
         source=source_facts(vlm),
-        model=_model(vlm, split, plan, target, emitted),
+        model={**_model(vlm, split, plan, target, emitted), **(facts or {})},
         plan=plan.to_dict(),
         parts=emitted.parts,
         quantized=emitted.quantized,
@@ -57,7 +64,7 @@ def package(
         results={"verify": None, "bench": None},
         calibration=calibration,
     )
-    (folder / "README.md").write_text(model_card(manifest, vlm.path), encoding="utf-8")
+    (folder / "README.md").write_text(card(manifest, vlm.path), encoding="utf-8")
     return write_manifest(folder, manifest)
 
 
@@ -80,7 +87,7 @@ def _drop_quantization_config(config: Path) -> None:
 
 def tool_versions() -> dict[str, str]:
     """Versions of vlmexport and of what it works with."""
-    installed = [name for name in _OPTIONAL_TOOLS if importlib.util.find_spec(name) is not None]
+    installed = [name for name in _OPTIONAL_TOOLS if importlib.util.find_spec(name.replace("-", "_")) is not None]
     return {"vlmexport": __version__, **{name: importlib.metadata.version(name) for name in (*_TOOLS, *installed)}}
 
 
@@ -133,7 +140,7 @@ def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Em
         "merge": split.merge.to_dict(),
         "replay_difference": split.replay_difference,
         "attention": plan.options.attention,
-        "padding": "right" if plan.options.attention == "gqa" else "any",
+        "padding": "any" if plan.options.attention == "standard" else "right",
         "eos_token_ids": list(vlm.facts.eos_token_ids),
         "decoder_dtype": dtype,
         "accuracy_level": target.onnx.accuracy_level,

@@ -17,7 +17,8 @@ from vlmexport.cli.session import Session
 from vlmexport.errors import VlmExportError
 
 COMMANDS = (
-    "inspect", "plan", "sensitivity", "onnx", "gguf", "lora", "quantize", "verify", "bench", "run", "demo", "doctor",
+    "inspect", "plan", "sensitivity", "onnx", "trt", "gguf", "lora", "quantize", "verify", "bench", "run", "demo",
+    "doctor",
 )  # fmt: skip
 
 # transformers imports torchao where it is installed, which then warns of CUDA libraries that it does not find.

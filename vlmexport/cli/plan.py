@@ -12,6 +12,7 @@ from vlmexport.cli.gguf import fallback_lines, gguf_choices
 from vlmexport.cli.options import FOLDER, calibration_options, lora_option, model_option, onnx_options, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, count_text, example
+from vlmexport.cli.trt import trt_choices
 from vlmexport.plan import layer_pattern
 from vlmexport.quantize.scheme import PER_CHANNEL
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vlmexport.calibrate.recipe import CalibrationOptions
     from vlmexport.gguf_options import GgufOptions, GgufPlan
     from vlmexport.plan import ExportPlan, OnnxOptions, WeightGroup, WeightPlan
+    from vlmexport.trt_options import TrtOptions
 
 
 @click.group(epilog=example("vlmexport plan onnx --model demo"))
@@ -89,6 +91,25 @@ def plan_gguf(session: Session, model: str, lora: str | None, options: GgufOptio
         plan = api.plan_gguf(model, options, progress=progress, lora=lora, trust_remote_code=trust_remote_code)
     session.write_json(plan.to_dict())
     print_gguf_plan(plan, session.console())
+
+
+@command.command("trt", epilog=example("vlmexport plan trt --model demo --gpu rtx-4090 --max-batch 8"))
+@model_option
+@lora_option
+@trt_choices
+@trust_option
+@common_options
+def plan_trt(session: Session, model: str, lora: str | None, options: TrtOptions, trust_remote_code: bool) -> None:
+    """Show what `vlmexport trt` with the same options would do, whether it fits the GPU, and the floors of its time."""
+    with session.progress() as progress:
+        plan = api.plan_trt(model, options, progress=progress, lora=lora, trust_remote_code=trust_remote_code)
+    session.write_json(plan.to_dict())
+    console = session.console()
+    print_plan(plan.export, console)
+    for line in plan.prediction.lines():
+        console.print(line, markup=False, soft_wrap=True)
+    reason = f"not here: {plan.engines.reason}" if plan.engines.reason else "TensorRT for RTX, here"
+    console.print(f"engines: {reason}", markup=False, soft_wrap=True)
 
 
 def print_gguf_plan(plan: GgufPlan, console: Console) -> None:

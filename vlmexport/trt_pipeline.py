@@ -1,0 +1,169 @@
+"""The pipeline of ``vlmexport trt``: graphs, lint, engines, scripts, Triton repository, gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmexport.calibrate.recipe import CalibrationOptions
+from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.engines import EngineSpec, engine_specs
+from vlmexport.manifest import Artifact, write_manifest
+from vlmexport.pipeline import load_and_split
+from vlmexport.progress import Progress
+from vlmexport.target import load_target
+from vlmexport.trt_options import TARGET, TrtOptions
+from vlmexport.trt_plan import TrtPlan, check_trt_options, plan_trt
+from vlmexport.workspace import build_beside, calibration_folder, check_destination, move_into_place
+
+if TYPE_CHECKING:
+    from vlmexport.lower.result import Emitted
+    from vlmexport.lower.tensorrt.build import BuiltEngine
+    from vlmexport.model.load import VLM
+    from vlmexport.split.parts import Split
+    from vlmexport.verify.result import ParityReport
+
+
+@dataclass(frozen=True)
+class TrtResult:
+    """A finished export, its plan, the engines that were built and, when the gate ran, what it said.
+
+    ``artifact.path`` is the folder asked for, or ``<folder>.failed`` when the gate turned red.
+    """
+
+    artifact: Artifact
+    plan: TrtPlan
+    built: tuple[BuiltEngine, ...]
+    report: ParityReport | None
+
+
+def export_trt(
+    model: str,
+    out: Path,
+    options: TrtOptions,
+    *,
+    calibration: CalibrationOptions | None = None,
+    force: bool,
+    verify: bool,
+    progress: Progress,
+    lora: str | None = None,
+    trust_remote_code: bool = False,
+) -> TrtResult:
+    """Export `model` for TensorRT into the folder `out`.
+
+    Raises `BadInputError` for input that cannot be exported or does not fit the GPU (nothing is written),
+    `UnsupportedModelError` for a graph that TensorRT's parser would refuse, and `NotPossibleHereError` where engines
+    were asked for and cannot be built here. A red gate is not raised: it is in the result.
+    """
+    from vlmexport.lower.tensorrt.build import rtx_version
+
+    check_destination(out, force)
+    failed = out.with_name(out.name + ".failed")
+    check_destination(failed, True)
+    version = rtx_version()
+    check_trt_options(options, version)
+    vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
+    plan = plan_trt(vlm, split, options, version)
+    with build_beside(out) as workspace, calibration_folder(out) as work:
+        weights, calibrated = decoder_weights(
+            vlm, split, plan.export.schemes, calibration or CalibrationOptions(), work, progress
+        )
+        artifact, built = _write(vlm, split, plan, weights, calibrated, workspace, progress)
+        del weights, vlm, split  # the gate loads its own reference
+        report = None
+        if verify:
+            report = _verify(artifact, model, lora, trust_remote_code, progress)
+            results = {**artifact.manifest.results, "verify": report.to_dict()}
+            artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
+        destination = failed if report is not None and report.status == "failed" else out
+        move_into_place(workspace, destination)
+    return TrtResult(Artifact(destination, artifact.manifest), plan, built, report)
+
+
+def _write(
+    vlm: VLM,
+    split: Split,
+    plan: TrtPlan,
+    weights: Any,
+    calibrated: dict[str, Any] | None,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Artifact, tuple[BuiltEngine, ...]]:
+    """Graphs, lint, engines, scripts, then the manifest over all of them."""
+    from vlmexport.lower import emitter
+    from vlmexport.package import package
+    from vlmexport.trt_card import trt_card
+
+    target = load_target(TARGET)
+    emitted: Emitted = emitter("onnx", "tensorrt")(vlm, split, plan.export, target, weights, folder, progress)
+    specs = engine_specs(emitted.parts, plan.limits, plan.vision_axes, split_decoder=plan.options.two_decoders)
+    with progress.stage("lint"):
+        _lint(folder, emitted, specs)
+    built = _build(folder, emitted, specs, plan, progress)
+    facts = {"tensorrt": _facts(plan, specs, built)}
+    with progress.stage("package"):
+        _write_tools(folder, emitted, specs, plan, facts["tensorrt"])
+        return package(vlm, split, plan.export, target, emitted, folder, calibrated, facts=facts, card=trt_card), built
+
+
+def _lint(folder: Path, emitted: Emitted, specs: Iterable[EngineSpec]) -> None:
+    from vlmexport.lower.tensorrt.lint import require_clean
+
+    profiles = {spec.part: spec.profiles for spec in specs}
+    for role, part in emitted.parts.items():
+        require_clean(folder / part.file, profiles[role])
+
+
+def _build(
+    folder: Path, emitted: Emitted, specs: tuple[EngineSpec, ...], plan: TrtPlan, progress: Progress
+) -> tuple[BuiltEngine, ...]:
+    from vlmexport.lower.tensorrt.build import build_engines
+
+    if not plan.engines.builder:
+        return ()
+    gpu = None if plan.options.portable else plan.gpu
+    return build_engines(folder, specs, emitted.parts, gpu, progress, flavour=plan.engines.builder)
+
+
+def _facts(plan: TrtPlan, specs: Iterable[EngineSpec], built: tuple[BuiltEngine, ...]) -> dict[str, Any]:
+    """``model.tensorrt`` of the manifest."""
+    places = sorted({engine.place for engine in built})
+    return {
+        "gpu": plan.gpu.name,
+        "gpu_title": plan.gpu.title,
+        "compute_capability": plan.gpu.compute_capability,
+        "limits": dataclasses.asdict(plan.limits),
+        "engines": [spec.to_dict() for spec in specs],
+        "built": {
+            "flavour": plan.engines.builder,
+            "version": built[0].version if built else "",
+            "places": places,
+            "reason": plan.engines.reason,
+        },
+        "prediction": plan.prediction.to_dict(),
+    }
+
+
+def _write_tools(
+    folder: Path, emitted: Emitted, specs: tuple[EngineSpec, ...], plan: TrtPlan, facts: dict[str, Any]
+) -> None:
+    """The scripts for the machine with the GPU and, when asked for, the Triton repository."""
+    from vlmexport.lower.tensorrt.script import write_build_scripts
+    from vlmexport.lower.tensorrt.triton import write_triton
+
+    write_build_scripts(folder, facts, emitted.parts, specs, plan.gpu)
+    if plan.options.triton:
+        write_triton(folder, emitted.parts, specs, plan.gpu)
+
+
+def _verify(
+    artifact: Artifact, model: str, lora: str | None, trust_remote_code: bool, progress: Progress
+) -> ParityReport:
+    from vlmexport.verify.run import verify_artifact
+
+    return verify_artifact(
+        artifact.path, model=model, lora=lora, samples=None, progress=progress, trust_remote_code=trust_remote_code
+    )
