@@ -112,7 +112,7 @@ def test_a_node_that_is_not_in_the_manifest_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("codebook", "operator", "reason"),
     [
-        ("", "MatMulBnb4", "no MatMulNBits or MatMulIntegerToFloat node reads w.codes"),
+        ("", "MatMulBnb4", "no MatMulNBits or MatMulIntegerToFloat or DequantizeLinear node reads w.codes"),
         ("nf4", "MatMulNBits", "no MatMulBnb4 node reads w.codes"),
         ("fp4", "MatMulBnb4", "no fp4 node reads w.codes"),
     ],

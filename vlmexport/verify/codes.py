@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PREFILL_PART, Artifact, QuantizedRecord
 from vlmexport.quantize.tensor import QuantizedTensor
+from vlmexport.verify.dequantize import require_matrix_products, unpack_dequantized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-# The operators that hold codes of each codebook of the manifest ("": integers).
-_OPERATORS = {"": ("MatMulNBits", "MatMulIntegerToFloat"), "nf4": ("MatMulBnb4",)}
+# The operators that hold codes of each codebook of the manifest ("": integers), and which operand the codes are.
+_OPERATORS = {"": ("MatMulNBits", "MatMulIntegerToFloat", "DequantizeLinear"), "nf4": ("MatMulBnb4",)}
+_CODES_OPERAND = {"MatMulNBits": 1, "MatMulIntegerToFloat": 1, "MatMulBnb4": 1, "DequantizeLinear": 0}
 # arXiv 2305.14314, appendix E, to the digits that tell float32 numbers of this size apart.
 _NF4 = (
     -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0,
@@ -146,14 +148,11 @@ class GraphWeights:
         import onnx_ir as ir
 
         self._model = ir.load(path)
-        graph = self._model.graph
-        self._nodes = {
-            node.inputs[1].name: node
-            for node in graph
-            if any(node.op_type in names for names in _OPERATORS.values())
-            and len(node.inputs) > 2
-            and node.inputs[1] is not None
-        }
+        self._nodes: dict[str, list[ir.Node]] = {}
+        for node in ir.traversal.RecursiveGraphIterator(self._model.graph):
+            codes = _codes_of(node)
+            if codes is not None:
+                self._nodes.setdefault(codes, []).append(node)
 
     def initializers(self) -> list[str]:
         """Names of the quantized matrices in the graph, without the ``.codes`` ending, sorted."""
@@ -165,9 +164,14 @@ class GraphWeights:
         Raises `ArtifactError` when the graph has no such node, or its attributes or operands disagree with the record.
         """
         operators = _OPERATORS.get(record.codebook, (record.codebook,))
-        node = self._nodes.get(f"{record.initializer}.codes")
-        if node is None or node.op_type not in operators:
+        nodes = self._nodes.get(f"{record.initializer}.codes", [])
+        if not nodes or any(node.op_type not in operators for node in nodes):
             raise ArtifactError(f"no {' or '.join(operators)} node reads {record.initializer}.codes")
+        return [self._read_node(node, record) for node in nodes][-1]  # all read the same operands
+
+    def _read_node(self, node: ir.Node, record: QuantizedRecord) -> QuantizedTensor:
+        if node.op_type == "DequantizeLinear":
+            return self._read_dequantized(node, record)
         if node.op_type == "MatMulIntegerToFloat":
             return self._read_int8(node, record)
         return self._read_nf4(node, record) if record.codebook == "nf4" else self._read_integers(node, record)
@@ -206,12 +210,19 @@ class GraphWeights:
         operands = [_stored_name(node.inputs[1]), _stored_name(node.inputs[3])]
         if operands != expected or len(node.inputs) > 5:
             raise ArtifactError(f"the node reads {operands}, expected {expected} and no zero points of the weight")
-        tensor = unpack_int8(*map(self._array, expected))
-        found = (tensor.bits, tensor.group_size, tensor.shape[1], True)
-        wanted = (record.bits, record.group_size, record.in_features, record.symmetric)
-        if found != wanted:
-            raise ArtifactError(f"the graph holds (bits, group, inputs, symmetric) {found}, the manifest says {wanted}")
-        return tensor
+        return _as_recorded(unpack_int8(*map(self._array, expected)), record)
+
+    def _read_dequantized(self, node: ir.Node, record: QuantizedRecord) -> QuantizedTensor:
+        require_matrix_products(node)
+        expected = [f"{record.initializer}.codes", f"{record.initializer}.scale"]
+        operands = [_stored_name(value) for value in node.inputs if value is not None]
+        if operands != expected:
+            raise ArtifactError(f"the node reads {operands}, expected {expected} and no zero points")
+        attributes = node.attributes
+        axis = attributes["axis"].as_int() if "axis" in attributes else 1
+        block_size = attributes["block_size"].as_int() if "block_size" in attributes else 0
+        codes, scale = map(self._array, expected)
+        return _as_recorded(unpack_dequantized(codes, scale, axis=axis, block_size=block_size), record)
 
     def _array(self, name: str) -> NDArray[Any]:
         value = self._model.graph.initializers.get(name)
@@ -219,6 +230,27 @@ class GraphWeights:
             raise ArtifactError(f"the graph has no initializer {name}")
         array: NDArray[Any] = value.const_value.numpy()
         return array
+
+
+def _codes_of(node: ir.Node) -> str | None:
+    """The name of the codes that `node` multiplies with or dequantizes; None for every other node."""
+    operand = _CODES_OPERAND.get(node.op_type)
+    if operand is None or len(node.inputs) < operand + 2:
+        return None
+    codes = node.inputs[operand]
+    return None if codes is None else str(codes.name)
+
+
+def _as_recorded(tensor: QuantizedTensor, record: QuantizedRecord) -> QuantizedTensor:
+    """`tensor`, which must be of the record's form and have its rows; else `ArtifactError`."""
+    found = (tensor.bits, tensor.group_size, tensor.shape[::-1], True)
+    rows = max(member.rows[1] for member in record.members)
+    wanted = (record.bits, record.group_size, (record.in_features, rows), record.symmetric)
+    if found != wanted:
+        raise ArtifactError(
+            f"the graph holds (bits, group, [inputs, rows], symmetric) {found}, the manifest says {wanted}"
+        )
+    return tensor
 
 
 def _check_attributes(node: ir.Node, wanted: dict[str, int], defaults: dict[str, int]) -> None:
@@ -282,9 +314,9 @@ def read_codes(artifact: Artifact, part: str = "decoder") -> tuple[dict[str, Qua
 
 
 def unrecorded_matrices(artifact: Artifact) -> list[CodeFault]:
-    """Quantized matrix products of the quantized graphs that the manifest does not list."""
+    """Quantized matrices of the decoder and of other quantized graphs that the manifest does not list."""
     faults = []
-    for part in sorted({record.part for record in artifact.manifest.quantized}):
+    for part in sorted({record.part for record in artifact.manifest.quantized} | {"decoder"}):
         listed = {r.initializer for r in artifact.manifest.quantized if r.part == part}
         graph = GraphWeights(artifact.part_path(part))
         shared = {r.initializer: r for r in artifact.manifest.quantized if part == PREFILL_PART and r.part != part}

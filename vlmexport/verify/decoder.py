@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmexport.errors import BadInputError
 from vlmexport.runtime.protocol import Array, PartOutputError, Runner
 from vlmexport.verify import metrics
-from vlmexport.verify.gates import Gate
+from vlmexport.verify.gates import Gate, NotRunError
 
 Ids: TypeAlias = NDArray[np.int64]
 Embed: TypeAlias = Callable[[Ids], Array]
@@ -29,34 +29,61 @@ _RAGGED_STEPS = 4
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """`exact_rel`: relative error of logits in exact mode; `shipped_kl`: nats per token as shipped."""
+    """What the decoder may differ by, and how long it is watched.
+
+    `exact_rel`: relative error of logits in exact mode; `shipped_kl`: nats per token as shipped; `exact_kl` and
+    `shipped_rel`: the same the other way round, judged where they are given. `steps`: decode steps that are compared;
+    `capacity`: tokens that a sequence may have at all (None: any number).
+    """
 
     exact_rel: float
     shipped_kl: float
+    exact_kl: float | None = None
+    shipped_rel: float | None = None
+    steps: int = DECODE_STEPS
+    capacity: int | None = None
 
 
 @dataclass
 class LoweringTotals:
-    """What the comparisons of one run add up to: rows of ``[tokens, vocab]`` are reduced as they come."""
+    """What the comparisons of one run add up to: rows of ``[tokens, vocab]`` are reduced as they come.
+
+    `with_exact_kl`: divergences are taken in exact mode, too.
+    """
 
     max_abs_logit: float | None = None
     kl: list[float] = field(default_factory=list)
     agreed: list[float] = field(default_factory=list)
+    exact_kl: list[float] = field(default_factory=list)
+    shipped_rel: float = 0.0
+    with_exact_kl: bool = False
 
-    def see_exact(self, difference: float) -> None:
-        """Keep the largest absolute logit difference."""
+    def see_exact(self, difference: float, reference: Array, exact: Array) -> None:
+        """Take in the largest absolute difference of logits ``[..., vocab]`` in exact mode, and their divergence."""
         self.max_abs_logit = max(difference, self.max_abs_logit or 0.0)
+        if not self.with_exact_kl:
+            return
+        if np.isfinite(difference):
+            rows = (array.reshape(-1, array.shape[-1]) for array in (reference, exact))
+            self.exact_kl += metrics.kl_per_token(*rows).tolist()
+        else:
+            self.exact_kl.append(float("inf"))
 
     def see_shipped(self, reference: Array, shipped: Array) -> float:
         """Take in logits ``[tokens, vocab]`` of the shipped graph; returns their mean divergence in nats."""
         divergences = metrics.kl_per_token(reference, shipped)
         self.kl += divergences.tolist()
+        self.shipped_rel = max(self.shipped_rel, metrics.relative_error(reference, shipped))
         self.agreed.append(metrics.top1_agreement(reference, shipped) * len(reference))
         return float(divergences.mean())
 
     def mean_kl(self) -> float:
-        """Nats per token over everything seen; inf when nothing was."""
+        """Nats per token over everything seen of the shipped graph; inf when nothing was."""
         return float(np.mean(self.kl)) if self.kl else float("inf")
+
+    def mean_exact_kl(self) -> float:
+        """Nats per token over everything seen in exact mode; inf when nothing was."""
+        return float(np.mean(self.exact_kl)) if self.exact_kl else float("inf")
 
     def top1(self) -> float:
         """Share of tokens with the same most likely token; 0 when nothing was seen."""
@@ -83,17 +110,24 @@ def check_lowering(
     """All comparisons with the reference on prompts `embeds` (probe name to float ``[1, tokens, hidden]``).
 
     Checks: ``decoder/prefill[probe]`` at every position, ``decoder/one_token``, ``decoder/decode`` and
-    ``decoder/ragged_batch`` over the cache, ``decoder/greedy``, ``decoder/shipped_kl``.
+    ``decoder/ragged_batch`` over the cache, ``decoder/greedy``, ``decoder/shipped_kl``; ``decoder/exact_kl`` and
+    ``decoder/shipped_rel`` where they have a limit.
     """
-    totals = LoweringTotals()
+    totals = LoweringTotals(with_exact_kl=limits.exact_kl is not None)
     first = next(iter(embeds.values()))
     for name, sequence in {**embeds, "one_token": first[:, :1]}.items():
         _prefill(gate, subjects, name, sequence, limits, totals)
-    _teacher_forced(gate, subjects, first, limits, totals)
+    _teacher_forced(gate, subjects, list(embeds.values()), limits, totals)
     _ragged_batch(gate, subjects, list(embeds.values()), limits, totals)
     _greedy(gate, subjects, embeds, limits)
     with gate.guard("decoder/shipped_kl", PART, "lowering"):
         gate.at_most("decoder/shipped_kl", PART, "lowering", totals.mean_kl(), limits.shipped_kl, "nats per token")
+    if limits.exact_kl is not None:
+        exact_kl = totals.mean_exact_kl()
+        gate.at_most("decoder/exact_kl", PART, "lowering", exact_kl, limits.exact_kl, "nats per token")
+    if limits.shipped_rel is not None:
+        shipped_rel = totals.shipped_rel if totals.kl else float("inf")
+        gate.at_most("decoder/shipped_rel", PART, "lowering", shipped_rel, limits.shipped_rel)
     return totals
 
 
@@ -169,27 +203,38 @@ def _prefill(
 ) -> None:
     name = "decoder/one_token" if name == "one_token" else f"decoder/prefill[{name}]"
     with gate.guard(name, PART, "lowering"):
-        wanted = _logits(subjects.reference, sequence, 0)
-        totals.see_exact(
-            gate.close(name, PART, "lowering", wanted, _logits(subjects.exact, sequence, 0), limits.exact_rel)
-        )
+        wanted, found = (_logits(runner, sequence, 0) for runner in (subjects.reference, subjects.exact))
+        totals.see_exact(gate.close(name, PART, "lowering", wanted, found, limits.exact_rel), wanted, found)
         totals.see_shipped(wanted[0], _logits(subjects.shipped, sequence, 0)[0])
 
 
 def _teacher_forced(
-    gate: Gate, subjects: DecoderSubjects, prompt: Array, limits: DecoderLimits, totals: LoweringTotals
+    gate: Gate, subjects: DecoderSubjects, prompts: list[Array], limits: DecoderLimits, totals: LoweringTotals
 ) -> None:
-    """`DECODE_STEPS` steps over the cache, every side fed the reference's greedy tokens."""
+    """The limits' steps over the cache behind the first prompt that has room, all fed the reference's greedy tokens."""
     with gate.guard("decoder/decode", PART, "lowering"):
-        wanted, tokens = _greedy_steps(subjects.reference, subjects.embed, prompt, DECODE_STEPS)
+        prompt = _with_room(prompts, limits)
+        wanted, tokens = _greedy_steps(subjects.reference, subjects.embed, prompt, limits.steps)
         exact = _forced_steps(subjects.exact, subjects.embed, prompt, tokens)
         shipped = _forced_steps(subjects.shipped, subjects.embed, prompt, tokens)
-        totals.see_exact(gate.close("decoder/decode", PART, "lowering", wanted, exact, limits.exact_rel))
+        difference = gate.close("decoder/decode", PART, "lowering", wanted, exact, limits.exact_rel)
+        totals.see_exact(difference, wanted, exact)
         steps = range(len(wanted))
         gate.series["decode_exact_rel"] = tuple(metrics.relative_error(wanted[i], exact[i]) for i in steps)
         gate.series["decode_shipped_kl"] = tuple(
             totals.see_shipped(wanted[i : i + 1], shipped[i : i + 1]) for i in steps
         )
+
+
+def _with_room(prompts: list[Array], limits: DecoderLimits) -> Array:
+    """The first prompt behind which the cache has room for all steps; raises `NotRunError` where there is none."""
+    for prompt in prompts:
+        if limits.capacity is None or prompt.shape[1] + limits.steps <= limits.capacity:
+            return prompt
+    shortest = min(prompt.shape[1] for prompt in prompts)
+    raise NotRunError(
+        f"the cache holds {limits.capacity} tokens: no room for {limits.steps} steps behind a prompt of {shortest}"
+    )
 
 
 def _ragged_batch(
@@ -206,8 +251,9 @@ def _ragged_batch(
         for step in range(_RAGGED_STEPS):
             ids = np.array([[tokens[step]] for _, tokens in alone], dtype=np.int64)
             found.append(subjects.exact.decode(subjects.embed(ids), cache)[:, -1])
-        name = "decoder/ragged_batch"
-        totals.see_exact(gate.close(name, PART, "lowering", wanted, np.stack(found), limits.exact_rel))
+        together = np.stack(found)
+        difference = gate.close("decoder/ragged_batch", PART, "lowering", wanted, together, limits.exact_rel)
+        totals.see_exact(difference, wanted, together)
 
 
 def _greedy(gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits) -> None:

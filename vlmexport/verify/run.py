@@ -15,14 +15,15 @@ from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.tensor import QuantizedTensor
-from vlmexport.runtime.ort import OnnxRunner
+from vlmexport.runtime.ort import TENSORRT_LAYOUT, OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.target import Target, load_target
-from vlmexport.verify import kv_cache, parts, prefill
+from vlmexport.verify import kv_cache, parts, prefill, static_cache
 from vlmexport.verify.codes import account, read_codes, unrecorded_matrices
 from vlmexport.verify.decoder import (
+    DECODE_STEPS,
     DecoderLimits,
     DecoderSubjects,
     LoweringTotals,
@@ -31,6 +32,7 @@ from vlmexport.verify.decoder import (
     in_two_prompts,
     token_by_token,
 )
+from vlmexport.verify.dialect import check_dialect
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.prompts import Prompts, answer_items, build_prompts
 from vlmexport.verify.quantization import (
@@ -92,6 +94,22 @@ class _Run:
     def exact_rel(self) -> float:
         limits = self.target.parity
         return limits.lowering_exact_rel_fp16 if self.decoder_is_half else limits.lowering_exact_rel
+
+    @property
+    def capacity(self) -> int | None:
+        return static_cache.capacity_of(self.artifact)
+
+    @property
+    def decoder_limits(self) -> DecoderLimits:
+        limits, capacity = self.target.parity, self.capacity
+        return DecoderLimits(
+            self.exact_rel,
+            limits.lowering_shipped_kl,
+            limits.lowering_exact_kl,
+            limits.lowering_shipped_rel,
+            DECODE_STEPS if capacity is None else static_cache.STEPS,
+            capacity,
+        )
 
 
 def verify_artifact(
@@ -239,6 +257,8 @@ def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedT
     gate, artifact = run.gate, run.artifact
     geometry = reference.vlm.facts.kv if reference else _manifest_geometry(artifact)
     check_structure(gate, artifact, geometry)
+    if artifact.manifest.layout == TENSORRT_LAYOUT:
+        check_dialect(gate, artifact)
     codes: dict[str, QuantizedTensor] = {}
     with gate.guard("decoder/codes", "decoder", "lowering"):
         codes, faults = read_codes(artifact)
@@ -270,11 +290,13 @@ def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
 def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array]) -> LoweringTotals:
     """The lowering of the decoder, both sides fed the original's embeddings in the graph's own precision."""
     rounded = _round_half if run.decoder_is_half else _unchanged
-    embeds = {name: rounded(array) for name, array in wanted.items()}
+    given = {name: rounded(array) for name, array in wanted.items()}
+    embeds = static_cache.with_room(run.gate, given, run.capacity)
+    if not embeds:
+        return LoweringTotals()
     runner = _branches(run, reference)
     subjects = DecoderSubjects(run.exact, run.shipped, runner, lambda ids: rounded(reference.runner.embed(ids)))
-    limits = DecoderLimits(run.exact_rel, run.target.parity.lowering_shipped_kl)
-    totals = check_lowering(run.gate, subjects, embeds, limits)
+    totals = check_lowering(run.gate, subjects, embeds, run.decoder_limits)
     if kv_cache.is_quantized(run.artifact):
         geometry = reference.vlm.facts.kv
         if scales := kv_cache.check_scales(run.gate, run.artifact, geometry):
@@ -294,6 +316,8 @@ def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
     split = prefill.has_prompt_graph(run.artifact)
     left, continued = _takes_left_padding(run.artifact), in_two_prompts if split else token_by_token
     check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=left, continued=continued)
+    if run.capacity is not None:
+        static_cache.check_overfull(run.gate, run.exact, next(iter(embeds.values())), run.capacity)
     if split:
         first, geometry = next(iter(embeds.values())), _manifest_geometry(run.artifact)
         settings = SessionSettings(run.rounded.settings.threads)
@@ -303,15 +327,19 @@ def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
 def _check_quantization(
     run: _Run, reference: Reference, prompts: Prompts, asked: list[Question]
 ) -> tuple[Answers, QuantizationSummary]:
-    items = answer_items(prompts, asked, drawn_amount(_size(run.artifact)))
+    tokens = SCORED_TOKENS if asked else UNSCORED_TOKENS
+    made = answer_items(prompts, asked, drawn_amount(_size(run.artifact)))
+    items = static_cache.answerable(run.gate, made, tokens, run.capacity)
     answers, summary = Answers(), QuantizationSummary()
+    if not items:
+        return answers, summary
     with run.gate.guard("quantization/answers", "model", "quantization"):
         answers = collect_answers(
             reference.runner,
             run.shipped,
             items,
             prompts.decode_text,
-            SCORED_TOKENS if asked else UNSCORED_TOKENS,
+            tokens,
             reference.vlm.facts.vocab_size,
             answers_by_step if prefill.has_prompt_graph(run.artifact) else answers_in_one_prompt,
         )
@@ -323,6 +351,10 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
     """What can be judged without the original model; everything else is named as not run."""
     for name, part, side in _NEEDS_REFERENCE:
         run.gate.not_run(name, part, side, reason)
+    limits = run.target.parity
+    own = {"decoder/exact_kl": limits.lowering_exact_kl, "decoder/shipped_rel": limits.lowering_shipped_rel}
+    for name in (name for name, limit in own.items() if limit is not None):
+        run.gate.not_run(name, "decoder", "lowering", reason)
     if kv_cache.is_quantized(run.artifact):
         kv_cache.check_scales(run.gate, run.artifact, _manifest_geometry(run.artifact))
         for name in kv_cache.CHECKS:
@@ -332,8 +364,8 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
     embeds = {}
     with run.gate.guard("model/merged_inputs_run", "model", "lowering"):
         embeds = {p.name: parts.merged_inputs(run.shipped, p.exported) for p in prompts.probes}
-    if embeds:
-        _check_consistency(run, embeds)
+    if fitting := static_cache.with_room(run.gate, embeds, run.capacity):
+        _check_consistency(run, fitting)
 
 
 def _takes_left_padding(artifact: Artifact) -> bool:

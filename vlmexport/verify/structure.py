@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PREFILL_PART, Artifact, TensorSpec
 from vlmexport.model.kv import KVGeometry
 from vlmexport.split.parts import Role
 from vlmexport.verify.gates import Gate
 
 _LAYER_DIMS = 4
+# What each form of decoder takes beside embeddings and cache.
+_BOOKKEEPING = {
+    "gqa": ("attention_mask", "num_logits_to_keep"),
+    "standard": ("attention_mask", "num_logits_to_keep", "position_ids"),
+    "static": ("write_indices", "logits_positions"),
+}
 
 
 def check_structure(gate: Gate, artifact: Artifact, kv: KVGeometry) -> None:
@@ -51,10 +59,16 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
     if role is Role.EMBEDDING:
         return {"input_ids"}, {"inputs_embeds"}
     kinds = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
-    inputs = {"inputs_embeds", "attention_mask", "num_logits_to_keep", *(f"past_key_values.{k}" for k in kinds)}
-    if artifact.manifest.model.get("attention") == "standard":
-        inputs.add("position_ids")
+    inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *(f"past_key_values.{k}" for k in kinds)}
     return inputs, {"logits", *(f"present.{k}" for k in kinds)}
+
+
+def _attention(artifact: Artifact) -> str:
+    """The manifest's form of the decoder; `ArtifactError` for one that docs/manifest.md does not know."""
+    form = str(artifact.manifest.model.get("attention"))
+    if form not in _BOOKKEEPING:
+        raise ArtifactError(f"attention {form!r} is unknown; {', '.join(_BOOKKEEPING)}")
+    return form
 
 
 def _signature_faults(artifact: Artifact, part: str, role: Role, kv: KVGeometry) -> list[str]:
@@ -67,6 +81,30 @@ def _signature_faults(artifact: Artifact, part: str, role: Role, kv: KVGeometry)
     faults += _against_manifest("output", outputs, recorded.outputs)
     if role is Role.DECODER:
         faults += _cache_faults({**inputs, **outputs}, kv, str(artifact.manifest.model["kv"]["dtype"]))
+        if _attention(artifact) == "static":
+            faults += [f"input {name} is none of this form" for name in sorted(inputs.keys() - need_inputs)]
+            faults += _static_faults(inputs, outputs, artifact.manifest.model)
+    return faults
+
+
+def _static_faults(inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec], model: dict[str, Any]) -> list[str]:
+    """Tensors of a decoder with a static cache whose dtype or dims are not those of docs/manifest.md.
+
+    Past and present have the length of ``model.tensorrt.limits.max_seq``, all of them.
+    """
+    length = model["tensorrt"]["limits"]["max_seq"]
+    wanted = {
+        "inputs_embeds": ("float16", ("batch_size", "sequence_length", model["hidden_size"])),
+        "write_indices": ("int64", ("batch_size",)),
+        "logits_positions": ("int64", ("batch_size", "kept_length")),
+        "logits": ("float32", ("batch_size", "kept_length", model["vocab_size"])),
+    }
+    cache = ("float16", ("batch_size", model["kv"]["heads"], length, model["kv"]["head_dim"]))
+    faults = []
+    for name, spec in {**inputs, **outputs}.items():
+        dtype, dims = wanted.get(name, cache)
+        if (spec.dtype, spec.dims) != (dtype, dims):
+            faults.append(f"{name} is {spec.dtype} {list(spec.dims)}, expected {dtype} {list(dims)}")
     return faults
 
 
