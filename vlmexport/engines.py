@@ -25,6 +25,8 @@ SIDECAR_FORMAT = "vlmexport-engine"
 SIDECAR_VERSION = 1
 Flavour: TypeAlias = Literal["rtx", "trt"]
 LIBRARIES: dict[Flavour, str] = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
+# NVIDIA's Python modules; both have the same classes.
+MODULES: dict[Flavour, str] = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 # Smallest, usual and largest size of a dynamic axis.
 AxisRange: TypeAlias = tuple[int, int, int]
 Dims: TypeAlias = tuple[int, ...]
@@ -298,7 +300,7 @@ def graph_files(onnx_path: Path) -> tuple[str, ...]:
     Raises `ArtifactError` when the graph cannot be read, or names data that is missing or outside its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     folder = onnx_path.parent.resolve()
     try:
