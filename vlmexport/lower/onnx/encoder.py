@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,9 @@ from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
 from vlmexport.lower.onnx.masks import skip_empty_masks
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
 from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
-from vlmexport.lower.onnx.simplify import simplify
+from vlmexport.lower.onnx.selection import keep_every_row
+from vlmexport.lower.onnx.simplify import forget_trace, share, simplify
+from vlmexport.lower.onnx.standard_attention import neutral_attention, standard_attention
 from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import KeptTensor, TensorSpec
@@ -25,6 +27,7 @@ from vlmexport.split.decoder import attention_implementation
 from vlmexport.split.parts import Part
 
 _IR_VERSION = 10
+Dialect = Literal["ort", "tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,32 @@ class VisionGraph:
 
 
 def lower_vision(
-    model: nn.Module, part: Part, precision: EncoderPrecision, opset: int, *, repeat: bool = True
+    model: nn.Module,
+    part: Part,
+    precision: EncoderPrecision,
+    opset: int,
+    *,
+    dialect: Dialect = "ort",
+    repeat: bool = True,
 ) -> VisionGraph:
     """The graph of `part` (encoder or projector) of `model`, with the inputs and outputs of its signature.
 
     Graph inputs and outputs are FP32 in every precision. Initializers have the whole-model names of their parameters;
-    a matrix that is only read transposed is stored so. `repeat` False traces every layer (the oracle for repetition).
-    Raises `UnsupportedModelError` when the part cannot be traced.
+    a matrix that is only read transposed is stored so. With `dialect` ``tensorrt`` (opset 23 or later) every operator
+    is a standard one of static effect, and every picture given counts: rows of padding are not left out.
+    `repeat` False traces every layer (the oracle for repetition).
+    Raises `UnsupportedModelError` when the part cannot be traced, or has no form in the dialect.
     """
-    graph_model, repeats = _trace(model, part, opset, repeat=repeat)
+    graph_model, repeats = _trace(model, part, opset, dialect, repeat=repeat)
     graph = graph_model.graph
     parameters = {part.prefix + name: p for name, p in part.module.named_parameters()}
     simplify(graph_model)
+    if dialect == "tensorrt":
+        keep_every_row(graph_model, part)
+    forget_trace(graph)
     expand_repeats(graph, repeats, parameters)
-    skip_empty_masks(graph)
+    if dialect == "ort":
+        skip_empty_masks(graph)
     named = {v.name: v for v in graph.inputs}
     values = [named[name] for name in parameters if name in named]
     for value in values:
@@ -58,6 +73,9 @@ def lower_vision(
     groups, kept, halves = _store(graph, part, [v for v in values if v.uses()], parameters, precision)
     if precision.arithmetic == "fp16":
         half_products(graph, halves)
+    if dialect == "tensorrt":
+        standard_attention(graph, _image_encoder(model), part, half=precision.arithmetic == "fp16")
+        share(graph_model)
     _sign(graph, part)
     graph_model.ir_version = _IR_VERSION
     graph_model.producer_name, graph_model.producer_version = "vlmexport", None
@@ -78,7 +96,7 @@ class _Positional(nn.Module):
         return self._module[0](**dict(zip(self._names, tensors, strict=True)))
 
 
-def _trace(model: nn.Module, part: Part, opset: int, *, repeat: bool) -> tuple[ir.Model, Repeats]:
+def _trace(model: nn.Module, part: Part, opset: int, dialect: Dialect, *, repeat: bool) -> tuple[ir.Model, Repeats]:
     """The traced graph, its parameters as further inputs, so that nothing can read (and fold) their values."""
     specs = part.signature.inputs
     example = _trace_example(part)
@@ -87,7 +105,7 @@ def _trace(model: nn.Module, part: Part, opset: int, *, repeat: bool) -> tuple[i
     with ExitStack() as stack:
         stack.enter_context(quiet_exporter())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_fused_attention(model))
+        stack.enter_context(_fused_attention(model, dialect))
         stack.enter_context(_empty_fp32_weights(part))
         encoder = _image_encoder(model)
         repeats = stack.enter_context(repeated_layers(model, encoder)) if repeat and encoder is not None else Repeats()
@@ -165,11 +183,13 @@ def _image_encoder(model: Any) -> Any:
     return None if encoder in (model, model.base_model) else encoder
 
 
-def _fused_attention(model: Any) -> Any:
+def _fused_attention(model: Any, dialect: Dialect) -> Any:
     """Within, the image encoder's attention emits one operator a layer instead of its products and softmax."""
     encoder = _image_encoder(model)
     if not hasattr(encoder, "set_attn_implementation"):
         return nullcontext()
+    if dialect == "tensorrt":
+        return neutral_attention(encoder)
     return attention_implementation(encoder, "vlmexport_vision", _attend)
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
 from onnxscript.optimizer import optimize_ir
 
 
@@ -12,8 +16,11 @@ def simplify(model: ir.Model) -> None:
     optimize_ir(model)
     _cancel_transposes(model.graph)
     RemoveUnusedNodesPass()(model)
-    # Shapes carry the tracer's own symbols, which mean nothing to a reader of the file.
-    for node in model.graph:
+
+
+def forget_trace(graph: ir.Graph) -> None:
+    """Drop what the tracer noted about values: its shapes carry symbols that mean nothing to a reader of the file."""
+    for node in graph:
         for value in node.outputs:
             value.shape = None
             value.metadata_props.clear()
@@ -30,3 +37,10 @@ def _cancel_transposes(graph: ir.Graph) -> None:
         first, second = inner.attributes["perm"].as_ints(), node.attributes["perm"].as_ints()
         if [first[i] for i in second] == list(range(len(first))):
             ir.convenience.replace_all_uses_with(node.outputs[0], inner.inputs[0])
+
+
+def share(model: ir.Model) -> None:
+    """Compute once what several nodes have in common (the scaling of rows before q, k, v), and drop what is unused."""
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedOpsetsPass()(model)

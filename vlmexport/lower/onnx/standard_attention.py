@@ -1,0 +1,168 @@
+"""Attention of an image encoder as the standard operator: first a neutral node of the trace, then ``Attention``.
+
+Queries, keys and values go in as FP16, which is what the GPU's fused kernels take (they sum and take the softmax in
+FP32), but for layers whose values or scores come near FP16's range or lose much to it on the part's own examples.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.neutral import DOMAIN
+from vlmexport.lower.onnx.precision import FP16_MAX
+from vlmexport.split.decoder import attention_implementation
+from vlmexport.split.parts import Part
+
+_NEUTRAL = "ImageAttention"
+_FLOAT, _HALF, _BOOL = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL
+# What the examples show is not the largest that users will see.
+_SAFE = FP16_MAX / 16
+# Rounding to FP16 alone costs 5e-4 of each value.
+_ROUNDING = 2e-3
+
+
+def neutral_attention(encoder: Any) -> AbstractContextManager[None]:
+    """Within, the encoder's attention emits one neutral node a layer, with a mask of booleans where there is one."""
+    return attention_implementation(encoder, "vlmexport_image", _attend)
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Emit the node for q ``[B, N, S, D]`` and k, v ``[B, M, S, D]``; the result is ``[B, S, N, D]``."""
+    if attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
+        raise UnsupportedModelError(f"{type(module).__name__}: causal attention in an image encoder is not supported")
+    inputs = [query, key, value] if attention_mask is None else [query, key, value, attention_mask]
+    out = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{_NEUTRAL}",
+        inputs,
+        {"scale": _scale(query, kwargs)},
+        dtype=query.dtype,
+        shape=[*query.shape[:3], value.shape[3]],
+        version=1,
+    )
+    return out.transpose(1, 2), None
+
+
+def _scale(query: torch.Tensor, kwargs: dict[str, Any]) -> float:
+    scale = kwargs.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def standard_attention(graph: ir.Graph, encoder: Any, part: Part, *, half: bool) -> tuple[bool, ...]:
+    """Turn every neutral node into a standard ``Attention``; returns which of them compute in FP16, in graph order.
+
+    With `half` those are all that `exact_in_half` allows; without, none.
+    """
+    nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == _NEUTRAL]
+    if not nodes:
+        return ()
+    calls = exact_in_half(encoder, part) if half else [False]
+    chosen = tuple(calls) if len(calls) == len(nodes) else (all(calls),) * len(nodes)
+    masks: dict[tuple[ir.Value, bool], ir.Value] = {}
+    for node, narrow in zip(nodes, chosen, strict=True):
+        _replace(graph, node, masks, narrow)
+    return chosen
+
+
+def _replace(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, bool], ir.Value], narrow: bool) -> None:
+    kind, out = (_HALF if narrow else _FLOAT), node.outputs[0]
+    inputs = [_cast(graph, node, value, kind) for value in node.inputs[:3] if value is not None]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        key = (node.inputs[3], narrow)
+        if key not in masks:
+            masks[key] = _mask(graph, node, node.inputs[3], kind)
+        inputs.append(masks[key])
+    attention = ir.node("Attention", inputs, {"scale": node.attributes["scale"].as_float()})
+    attention.outputs[0].type = ir.TensorType(kind)
+    graph.insert_before(node, attention)
+    ir.convenience.replace_all_uses_with(out, _cast(graph, node, attention.outputs[0], _FLOAT))
+    graph.remove(node, safe=True)
+
+
+def _mask(graph: ir.Graph, place: ir.Node, mask: ir.Value, kind: ir.DataType) -> ir.Value:
+    """The mask as the operator takes it: booleans where it is made of them, else a bias of the type `kind`."""
+    where = mask.producer()
+    if where is not None and where.op_type == "Where" and _is(where.inputs[1], 0.0, 0.0):
+        hidden = where.inputs[0]
+        if hidden is not None and _is(where.inputs[2], -float("inf"), -FP16_MAX):
+            return hidden
+    if mask.dtype == _BOOL or kind == _FLOAT:
+        return mask
+    limits = [_scalar(graph, f"attention.{name}", value) for name, value in (("low", -FP16_MAX), ("high", FP16_MAX))]
+    clip = ir.node("Clip", [mask, *limits])
+    clip.outputs[0].type = ir.TensorType(_FLOAT)
+    graph.insert_before(place, clip)
+    return _cast(graph, place, clip.outputs[0], kind)
+
+
+def _is(value: ir.Value | None, low: float, high: float) -> bool:
+    """True for a constant whose elements are all from `low` to `high`."""
+    constant = None if value is None else value.const_value
+    return constant is not None and bool(((constant.numpy() >= low) & (constant.numpy() <= high)).all())
+
+
+def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    if name not in graph.initializers:
+        constant = ir.tensor(number, dtype=_FLOAT)
+        value = ir.Value(name=name, type=ir.TensorType(_FLOAT), shape=ir.Shape([]), const_value=constant)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _cast(graph: ir.Graph, place: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    if value.dtype == kind:
+        return value
+    cast = ir.node("Cast", [value], {"to": int(kind)})
+    cast.outputs[0].type = ir.TensorType(kind)
+    graph.insert_before(place, cast)
+    return cast.outputs[0]
+
+
+def exact_in_half(encoder: Any, part: Part) -> list[bool]:
+    """For each call of attention in `part`, whether FP16 queries, keys and values are as good as FP32 on the examples.
+
+    They are when neither they nor the scores exceed a sixteenth of FP16's range, and the result of the rounded ones
+    differs by no more than `_ROUNDING` of its largest value.
+    """
+    exact: list[bool] = []
+    for example in part.examples:
+        watch = _Watch()
+        with attention_implementation(encoder, "vlmexport_image_look", watch.attend), torch.no_grad():
+            part.module(**example)
+        exact = [a and b for a, b in zip(exact, watch.exact, strict=True)] if exact else watch.exact
+    return exact
+
+
+@dataclass
+class _Watch:
+    """Computes attention as transformers does, and notes of each call whether FP16 would do."""
+
+    exact: list[bool] = field(default_factory=list)
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        wide, scores = _attention(query, key, value, mask, _scale(query, kwargs))
+        rounded, _ = _attention(query.half(), key.half(), value.half(), mask, _scale(query, kwargs))
+        peak = max(float(t.abs().max()) for t in (query, key, value, scores))
+        error = float((wide - rounded).abs().max() / wide.abs().max().clamp_min(1e-12))
+        self.exact.append(peak <= _SAFE and error <= _ROUNDING)
+        return wide.to(query.dtype).transpose(1, 2), None
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and scores (before the mask) in FP32, all ``[B, N, S, ...]``."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.float().repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * scale
+    hidden = scores if mask is None else scores + mask.float()
+    return hidden.softmax(dim=-1) @ value, scores
