@@ -1,0 +1,177 @@
+"""`TensorRtRunner`: an export of the ``tensorrt`` layout, run by its engines. Never run on a GPU: see the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.engines import ENGINE_SUFFIX, ENGINES_FOLDER, Sidecar, engine_path, specs_of
+from vlmexport.errors import ArtifactError, NotPossibleHereError
+from vlmexport.manifest import Artifact
+from vlmexport.model.json_files import read_json_if_there
+from vlmexport.model.kv import KVGeometry
+from vlmexport.model.merge import MergeSpec
+from vlmexport.runtime.pictures import without_padding_pictures
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, PartOutputError
+from vlmexport.runtime.sessions import checked
+from vlmexport.runtime.tensorrt.bindings import Hardware, Library, this_machine
+from vlmexport.runtime.tensorrt.decoder import EngineDecoder, Step
+from vlmexport.runtime.tensorrt.engine import Engine, checked_library
+
+Checked: TypeAlias = dict[str, tuple[Library, Sidecar]]
+
+
+def engine_places(artifact: Artifact) -> list[str]:
+    """The folders below ``engines/`` with engines in them, whether the manifest lists them or they were built later."""
+    found = (artifact.path / ENGINES_FOLDER).glob(f"*/*{ENGINE_SUFFIX}")
+    return sorted({path.parent.name for path in found})
+
+
+def check_place(artifact: Artifact, place: str, hardware: Hardware) -> Checked:
+    """Check every engine of `place` that the manifest lists; raises what `checked_library` does for the first bad one.
+
+    The result has, by engine, the module that loads it and its sidecar.
+    """
+    return {
+        spec.name: checked_library(
+            engine_path(artifact.path, place, spec.name), artifact.part_path(spec.part), hardware
+        )
+        for spec in specs_of(artifact.manifest.model)
+    }
+
+
+def fitting_place(artifact: Artifact, hardware: Hardware) -> tuple[str, Checked]:
+    """The first folder of engines that this machine runs, checked.
+
+    Raises `NotPossibleHereError` without a GPU, without engines, and where none of them fits, with each one's reason.
+    """
+    if not hardware.gpu.present:
+        raise NotPossibleHereError(f"{artifact.path} cannot run its engines here: {hardware.gpu.reason}")
+    reasons = []
+    for place in engine_places(artifact):
+        try:
+            return place, check_place(artifact, place, hardware)
+        except (ArtifactError, NotPossibleHereError) as error:
+            reasons.append(f"{place}: {error}")
+    raise NotPossibleHereError("; ".join(reasons) or f"{artifact.path} has no engines; run build_engines.sh in it")
+
+
+class TensorRtRunner:
+    """Runs an export by the engines in ``engines/<place>``; they load when first used. Satisfies `Runner`.
+
+    `place` None: the first that fits this machine. `hardware`: what the machine has (default: what is found).
+    `kernels`: a folder in which TensorRT for RTX keeps what it compiles at the first runs (`close` writes it); None: it
+    compiles again in every process. The static cache does not grow: a prompt and its answer have room for
+    ``limits.max_seq`` tokens, and ``reserve`` changes nothing.
+
+    Raises `NotPossibleHereError` without a GPU, the library or engines that fit, `ArtifactError` when an engine of
+    `place` is not what its sidecar says.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        place: str | None = None,
+        *,
+        hardware: Hardware | None = None,
+        kernels: Path | None = None,
+    ) -> None:
+        self.artifact = artifact
+        self.model: dict[str, Any] = artifact.manifest.model
+        self.hardware = hardware or this_machine()
+        if place is None:
+            self.place, self._checked = fitting_place(artifact, self.hardware)
+        else:
+            self.place, self._checked = place, check_place(artifact, place, self.hardware)
+        self.kernels = kernels
+        self._engines: dict[str, Engine] = {}
+
+    @cached_property
+    def merge_spec(self) -> MergeSpec:
+        """How image features enter the decoder, from the manifest."""
+        return MergeSpec.from_dict(self.model["merge"])
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-answer ids of the export's generation config, or else of its manifest."""
+        eos = read_json_if_there(self.artifact.path / "generation_config.json").get("eos_token_id")
+        if eos is None:
+            eos = self.model["eos_token_ids"]
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """Vision features of all images of one prompt; names that the encoder does not know are left out.
+
+        Raises `BadInputError` for more pictures, or tiles of them, than the engine was built for.
+        """
+        return self._first("vision_encoder", without_padding_pictures(pixel_inputs), "vision_features")
+
+    def project(self, vision_features: Array) -> Array:
+        """Image features ``[image_tokens, hidden]``."""
+        features = self._first("projector", {"vision_features": vision_features}, "image_features")
+        return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
+
+    def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
+        """``project(vision(pixel_inputs))``."""
+        return self.project(self.vision(pixel_inputs))
+
+    def embed(self, input_ids: NDArray[np.int64]) -> Array:
+        """Embeddings ``[batch, tokens, hidden]``."""
+        embeds = self._first("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
+        return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
+
+    def prefill(
+        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+    ) -> tuple[Array, Cache]:
+        """Start a batch; see `Runner.prefill` and `EngineDecoder.prefill`."""
+        return self._decoder.prefill(inputs_embeds, attention_mask, keep)
+
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+        """Continue every row; see `Runner.decode` and `EngineDecoder.decode`."""
+        return self._decoder.decode(inputs_embeds, cache, keep)
+
+    def close(self) -> None:
+        """Keep the compiled kernels where a folder was given for them."""
+        for engine in self._engines.values():
+            engine.keep_kernels()
+
+    @cached_property
+    def _device(self) -> Any:
+        return self.hardware.open_device()
+
+    @cached_property
+    def _decoder(self) -> EngineDecoder:
+        steps = {
+            profile.name: Step(self._engine(name), index)
+            for name, (_, sidecar) in self._checked.items()
+            if sidecar.spec.part == "decoder"
+            for index, profile in enumerate(sidecar.spec.profiles)
+        }
+        if missing := sorted({"prefill", "decode"} - steps.keys()):
+            raise ArtifactError(f"{self.artifact.path}: no engine of the decoder has the profile {missing[0]!r}")
+        kv = self.model["kv"]
+        geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+        return EngineDecoder(self._device, steps["prefill"], steps["decode"], geometry)
+
+    def _first(self, part: str, inputs: Mapping[str, Array], output: str) -> Array:
+        """The output of the one engine of `part`."""
+        name = next((name for name, (_, sidecar) in self._checked.items() if sidecar.spec.part == part), None)
+        if name is None:
+            raise ArtifactError(f"{self.artifact.path}: there is no engine of {part} in {self.place}")
+        engine = self._engine(name)
+        if output not in engine.outputs:
+            raise PartOutputError(part, f"the engine has no output {output!r}; it has {list(engine.outputs)[:4]}")
+        return checked(part, output, engine.run(inputs)[output])
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._engines:
+            library, sidecar = self._checked[name]
+            path = engine_path(self.artifact.path, self.place, name)
+            file = self.kernels and self.kernels / f"{self.place}-{name}.kernels"
+            self._engines[name] = Engine(sidecar.spec.part, path, library, self._device, kernels_file=file)
+        return self._engines[name]
