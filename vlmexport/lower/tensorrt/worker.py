@@ -91,7 +91,7 @@ def build(request: Request, trt: Any, log: Callable[[str], None]) -> Built:
     if request.flavour == "rtx":
         _set_targets(request, trt, config)
     for profile in request.profiles:
-        _add_profile(request, profile, builder, network, config)
+        _add_profile(request, profile, builder, network, config, messages)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise _build_error(request, messages)
@@ -139,7 +139,9 @@ def _set_targets(request: Request, trt: Any, config: Any) -> None:
             )
 
 
-def _add_profile(request: Request, profile: ShapeProfile, builder: Any, network: Any, config: Any) -> None:
+def _add_profile(
+    request: Request, profile: ShapeProfile, builder: Any, network: Any, config: Any, messages: list[str]
+) -> None:
     inputs = {network.get_input(i).name for i in range(network.num_inputs)}
     where = f"profile {profile.name!r} of {Path(request.onnx).name}"
     if inputs != profile.shapes.keys():
@@ -155,7 +157,8 @@ def _add_profile(request: Request, profile: ShapeProfile, builder: Any, network:
                 f"{_sizes(largest)}"
             ) from error
     if config.add_optimization_profile(made) < 0:
-        raise errors.BadInputError(f"{where}: its shapes do not fit the graph's inputs")
+        reason = one_line(messages[0]) if messages else "its shapes do not fit the graph's inputs"
+        raise errors.BadInputError(f"{where}: {reason}")
 
 
 def _sizes(dims: Dims) -> str:
@@ -175,10 +178,12 @@ def _build_error(request: Request, messages: list[str]) -> errors.VlmExportError
 
 def one_line(text: str) -> str:
     """What `text`, a message of the library, says: on one line, without the places in its sources."""
-    words = " ".join(text.split())
-    words = re.sub(r" ?\(?In \w+ at /\S+", "", words)
-    condition = re.fullmatch(r'.*&& "(.*)"', words) or re.fullmatch(r"Assertion failed: .*?[^:]: (.*)", words)
-    return (condition[1] if condition else words).strip(" )")[:_LONGEST_REASON]
+    words = re.sub(r" ?\(?In \w+ at /\S+", "", " ".join(text.split()))
+    words = re.sub(r"^\S+: Error Code \d+: ", "", words)
+    for frame in (r'.*&& "(.*)"', r"Assertion failed: .*?[^:]: (.*)", r"[A-Z][\w ]* \((?:\[.*?\] )?(.*?)\)?"):
+        if match := re.fullmatch(frame, words):
+            words = match[1]
+    return words.strip()[:_LONGEST_REASON]
 
 
 def _write(out: Path, engine: Any) -> None:
