@@ -69,13 +69,13 @@ class LoweringTotals:
         else:
             self.exact_kl.append(float("inf"))
 
-    def see_shipped(self, reference: Array, shipped: Array) -> float:
-        """Take in logits ``[tokens, vocab]`` of the shipped graph; returns their mean divergence in nats."""
-        divergences = metrics.kl_per_token(reference, shipped)
-        self.kl += divergences.tolist()
+    def see_shipped(self, reference: Array, shipped: Array) -> list[float]:
+        """Take in logits ``[tokens, vocab]`` of the shipped graph; returns each token's divergence in nats."""
+        divergences: list[float] = metrics.kl_per_token(reference, shipped).tolist()
+        self.kl += divergences
         self.shipped_rel = max(self.shipped_rel, metrics.relative_error(reference, shipped))
         self.agreed.append(metrics.top1_agreement(reference, shipped) * len(reference))
-        return float(divergences.mean())
+        return divergences
 
     def mean_kl(self) -> float:
         """Nats per token over everything seen of the shipped graph; inf when nothing was."""
@@ -221,9 +221,7 @@ def _teacher_forced(
         totals.see_exact(difference, wanted, exact)
         steps = range(len(wanted))
         gate.series["decode_exact_rel"] = tuple(metrics.relative_error(wanted[i], exact[i]) for i in steps)
-        gate.series["decode_shipped_kl"] = tuple(
-            totals.see_shipped(wanted[i : i + 1], shipped[i : i + 1]) for i in steps
-        )
+        gate.series["decode_shipped_kl"] = tuple(totals.see_shipped(wanted, shipped))
 
 
 def _with_room(prompts: list[Array], limits: DecoderLimits) -> Array:
