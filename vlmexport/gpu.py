@@ -103,8 +103,8 @@ def load_gpu(name: str) -> Gpu:
     wanted = re.sub(r"[\s_]+", "-", name.strip().casefold())
     if wanted in known:
         return known[wanted]
-    close = dict.fromkeys(known[n].name for n in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6))
-    closest = f"; closest: {', '.join(close)}" if close else ""
+    close = dict.fromkeys(known[n].name for n in difflib.get_close_matches(wanted, known, n=len(known)))
+    closest = f"; closest: {', '.join(list(close)[:3])}" if close else ""
     raise BadInputError(f"GPU {name!r} is unknown{closest}; choose one of {', '.join(gpu_names())}")
 
 
@@ -172,6 +172,8 @@ def _check_keys(data: dict[str, Any], origin: str) -> None:
 
 def _check_compute_capability(data: dict[str, Any], origin: str) -> None:
     capability, rtx = data["compute_capability"], data["rtx"]
+    if not isinstance(rtx, str):
+        raise _wrong(origin, f"rtx {rtx!r} must be text, empty where RTX builds nothing")
     if not re.fullmatch(r"[1-9]\d?\.\d", capability):
         raise _wrong(origin, f"compute_capability {capability!r} is none; write it as '8.0'")
     fitting = f"SM{capability.replace('.', '')}"
