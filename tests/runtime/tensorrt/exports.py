@@ -74,8 +74,8 @@ def write_engine(
     path = engine_path(artifact.path, place, spec.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     graph = artifact.part_path(spec.part)
-    sizes = {"rows": 64, "image_tokens": 4} if spec.part in ("vision_encoder", "projector") else {}
-    path.write_bytes(engine_bytes(graph, spec, sizes=sizes, **more))
+    reshapes = spec.part in ("vision_encoder", "projector")
+    path.write_bytes(engine_bytes(graph, spec, shapes_by_running=reshapes, **more))
     digests, digest = graph_digests(graph), file_sha256(path)
     sidecar = Sidecar("rtx", version, (compute_capability,), "a100-80", spec, digests, digest, path.stat().st_size)
     sidecar.write(path)

@@ -201,7 +201,10 @@ class IExecutionContext:
             return self._shapes[name]
         sizes = {
             d: s for i, shape in self._shapes.items() for d, s in zip(self._engine._ins[i].shape, shape, strict=True)
-        } | self._engine._data.get("sizes", {})
+        }
+        if self._engine._data.get("shapes_by_running"):
+            zeros = {n: np.zeros(s, NUMPY_TYPES[self._engine._ins[n].type]) for n, s in self._shapes.items()}
+            return tuple(self._engine._session.run([name], zeros)[0].shape)
         return tuple(d if isinstance(d, int) else sizes.get(d, -1) for d in self._engine._outs[name].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
