@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vlmexport.lower.result import Emitted
 
 # Format and layout -> module and function; imported when used, import errors propagate.
-_EMITTERS = {("onnx", "split"): ("vlmexport.lower.onnx.layouts.split", "emit_split")}
+_SPLIT = ("vlmexport.lower.onnx.layouts.split", "emit_split")
+_EMITTERS = {("onnx", "split"): _SPLIT, ("onnx", "tensorrt"): _SPLIT}
 
 
 def emitter(format_name: str, layout: str) -> Callable[..., Emitted]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -13,9 +14,9 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.trace import TracedDecoder
+from vlmexport.lower.onnx.weights import typed_value
 from vlmexport.model.kv import KVGeometry
 
-_IR_VERSION = 10
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _T = TypeVar("_T")
 
@@ -57,23 +58,59 @@ class AttentionResult:
 
 
 class Dialect(Protocol):
-    """The operators of one runtime."""
+    """The operators of one runtime, and the inputs and outputs of its decoders (docs/manifest.md).
+
+    `domains` are those of its operators beside the standard ones, with their versions. `cache_lengths` are axis 2 of
+    the cache before and after a call; `wide_norms` says that norms compute in float32 and have weights of that type.
+    """
 
     opset: int
-    needs_position_ids: bool
     packs_qkv: bool
+
+    @property
+    def ir_version(self) -> int:
+        """Version of the file format that the operators need."""
+        ...
+
+    @property
+    def domains(self) -> Mapping[str, int]:
+        """See above."""
+        ...
+
+    @property
+    def cache_lengths(self) -> tuple[int | str, int | str]:
+        """See above."""
+        ...
+
+    @property
+    def wide_norms(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def needs_position_ids(self) -> bool:
+        """True where the trace computes with positions: the rotary embedding is part of it."""
+        ...
 
     @property
     def cache_type(self) -> ir.DataType | None:
         """Type of the cache's values; None for the activation type."""
         ...
 
+    def inputs(self, kind: ir.DataType, hidden_size: int) -> dict[str, ir.Value]:
+        """The graph's inputs but for the cache, in order; ``inputs_embeds [B, S, H]`` of the type `kind` is one."""
+        ...
+
     def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
         """Emit what all layers share (lengths, masks, tables)."""
         ...
 
-    def last_valid(self, tape: Tape) -> ir.Value:
-        """int64 ``[B]``: index, among the new positions, of each row's last valid one."""
+    def positions(self, inputs: dict[str, ir.Value]) -> ir.Value:
+        """int64 ``[B, S]``: the positions that the trace takes. After the prologue."""
+        ...
+
+    def kept_rows(self, tape: Tape, hidden: ir.Value, inputs: dict[str, ir.Value]) -> ir.Value:
+        """The rows of the last hidden state ``[B, S, H]`` to compute logits for."""
         ...
 
     def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
@@ -149,7 +186,7 @@ class DecoderAssembler:
         return self.linears.float_type
 
     def hidden_states(self, inputs: dict[str, ir.Value], pasts: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
-        """Emit all layers; the last hidden state ``[B, S, H]`` after the final norm."""
+        """Emit all layers for the trace's `inputs`; the last hidden state ``[B, S, H]`` after the final norm."""
         graph = self.traced.graph
         for value in graph.inputs:
             if value.name in inputs:
@@ -252,6 +289,8 @@ class DecoderAssembler:
         name = self._weight_name(node.attributes["weight"].as_string(), layer, kind)
         offset, epsilon = node.attributes["offset"].as_float(), node.attributes["epsilon"].as_float()
         x = self._new(node.inputs[0])
+        if self.dialect.wide_norms:
+            x = cast(self.tape, x, ir.DataType.FLOAT)
         weight = self.linears.constant(name, self.linears.weights.tensor(name).float() + offset, x.dtype)
         normed, again = self.dialect.rms_norm(self.tape, x, weight, epsilon)
         if again is not None:
@@ -289,7 +328,7 @@ class DecoderAssembler:
     def _present(self, present: ir.Value, past: ir.Value, name: str) -> None:
         dims = list(_required(past.shape))
         present.name, present.type = name, past.type
-        present.shape = ir.Shape([*dims[:2], "total_sequence_length", dims[3]])
+        present.shape = ir.Shape([*dims[:2], self.dialect.cache_lengths[1], dims[3]])
         self.presents.append(present)
 
     def _output(self, traced: ir.Value, flat: ir.Value, heads: int, head_dim: int, prefix: str) -> None:
@@ -326,29 +365,26 @@ def assemble_decoder(
     """
     build = DecoderAssembler(traced, kv, dialect, linears)
     kind = linears.float_type
-    inputs = {
-        "inputs_embeds": _graph_input("inputs_embeds", kind, ["batch_size", "sequence_length", hidden_size]),
-        "attention_mask": _graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]),
-        "position_ids": _graph_input("position_ids", ir.DataType.INT64, ["batch_size", "sequence_length"]),
-        "num_logits_to_keep": _graph_input("num_logits_to_keep", ir.DataType.INT64, []),
-    }
-    past_dims: list[int | str] = ["batch_size", kv.heads, "past_sequence_length", kv.head_dim]
+    inputs = dialect.inputs(kind, hidden_size)
+    past_dims: list[int | str] = ["batch_size", kv.heads, dialect.cache_lengths[0], kv.head_dim]
     pasts = [
         (
-            _graph_input(f"past_key_values.{i}.key", dialect.cache_type or kind, past_dims),
-            _graph_input(f"past_key_values.{i}.value", dialect.cache_type or kind, past_dims),
+            typed_value(f"past_key_values.{i}.key", dialect.cache_type or kind, past_dims),
+            typed_value(f"past_key_values.{i}.value", dialect.cache_type or kind, past_dims),
         )
         for i in range(kv.layers)
     ]
     dialect.prologue(build.tape, inputs, pasts[0][0])
-    hidden = build.hidden_states(inputs, pasts)
-    kept = _keep_positions(build.tape, hidden, inputs["num_logits_to_keep"], dialect.last_valid(build.tape))
+    embeds, positions = inputs["inputs_embeds"], dialect.positions(inputs)
+    hidden = build.hidden_states({"inputs_embeds": embeds, "position_ids": positions}, pasts)
+    kept = dialect.kept_rows(build.tape, hidden, inputs)
     logits = linears.emit(build.tape, kept, (head,), head.weight)
     logits = cast(build.tape, logits, ir.DataType.FLOAT)
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["batch_size", "kept_length", head.out_features])
     if not dialect.needs_position_ids:
-        _take_sizes_from(inputs["inputs_embeds"], inputs.pop("position_ids"))
+        _take_sizes_from(embeds, positions)
+        inputs.pop("position_ids", None)
     return _model(build, [*inputs.values(), *(v for pair in pasts for v in pair)], [logits, *build.presents])
 
 
@@ -358,10 +394,10 @@ def _model(build: DecoderAssembler, inputs: list[ir.Value], outputs: list[ir.Val
         outputs,
         nodes=build.tape.nodes,
         initializers=[*build.tape.initializers, *build.constants.values()],
-        opset_imports={"": build.dialect.opset, "com.microsoft": 1},
+        opset_imports={"": build.dialect.opset, **build.dialect.domains},
         name="decoder",
     )
-    model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vlmexport")
+    model = ir.Model(graph, ir_version=build.dialect.ir_version, producer_name="vlmexport")
     RemoveUnusedNodesPass()(model)
     return model
 
@@ -371,26 +407,6 @@ def _take_sizes_from(embeds: ir.Value, positions: ir.Value) -> None:
     for node, index in list(positions.uses()):
         if node.op_type == "Shape":
             node.replace_input_with(index, embeds)
-
-
-def _keep_positions(tape: Tape, hidden: ir.Value, count: ir.Value, last: ir.Value) -> ir.Value:
-    """Rows of `hidden` ``[B, S, H]`` to compute logits for: all (count 0), or the last `count` valid ones per row."""
-    zero, one = (tape.initializer(ir.tensor(n, dtype=ir.DataType.INT64, name=f"keep.{n}")) for n in (0, 1))
-    axis = tape.initializer(ir.tensor([1], dtype=ir.DataType.INT64, name="keep.axis"))
-    final_axis = tape.initializer(ir.tensor([-1], dtype=ir.DataType.INT64, name="keep.final_axis"))
-    length = tape.op("Squeeze", [tape.op("Shape", [hidden], {"start": 1, "end": 2})])
-    all_rows = tape.op("Equal", [count, zero])
-    kept = tape.op("Where", [all_rows, length, tape.op("Min", [count, length])])
-    end = tape.op("Where", [all_rows, tape.op("Sub", [length, one]), last])  # [B]
-    offsets = tape.op("Sub", [tape.op("Range", [zero, kept, one]), tape.op("Sub", [kept, one])])
-    rows = tape.op("Max", [tape.op("Add", [tape.op("Unsqueeze", [end, axis]), offsets]), zero])
-    kept_rows = tape.op("GatherND", [hidden, tape.op("Unsqueeze", [rows, final_axis])], {"batch_dims": 1})
-    kept_rows.type = hidden.type
-    return kept_rows
-
-
-def _graph_input(name: str, dtype: ir.DataType, dims: list[int | str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
 
 
 def _required(value: _T | None) -> _T:

@@ -10,16 +10,20 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from vlmexport.errors import UnsupportedModelError
+from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.lower.onnx.assemble import Dialect, assemble_decoder
 from vlmexport.lower.onnx.dialects.ort import OrtDialect
 from vlmexport.lower.onnx.dialects.standard import StandardDialect
+from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect
+from vlmexport.lower.onnx.dq import DequantizeEmitter
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
+from vlmexport.lower.onnx.rotary import probe_rotary
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
 from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.layers import find_layers
 from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part
 from vlmexport.target import Target
@@ -57,15 +61,26 @@ def lower_decoder(
     module = part.module
     if not isinstance(module, DecoderPart):
         raise TypeError(f"the decoder part holds a {type(module).__name__}")
-    gqa = plan.options.attention == "gqa"
-    traced = trace_decoder(vlm.model, module, fuse_rotary=gqa, repeat=repeat)
+    traced = trace_decoder(vlm.model, module, fuse_rotary=_fuses_rotary(plan, module), repeat=repeat)
     kind = FLOAT_TYPES[plan.decoder_dtype]
     wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part, weights)
-    linears = LinearEmitter(weights, plan, kind, target.onnx.accuracy_level, wide)
+    emitter = DequantizeEmitter if target.onnx.dialect == "tensorrt" else LinearEmitter
+    linears = emitter(weights, plan, kind, target.onnx.accuracy_level, wide)
     head = lm_head(vlm, module)
     dialect = choose_dialect(traced, linears, target)
     graph = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears)
     return DecoderGraph(graph, linears, traced, _cache_scales(dialect))
+
+
+def _fuses_rotary(plan: ExportPlan, module: DecoderPart) -> bool:
+    """Does an attention operator or one beside it rotate? GQA has to; the static form keeps what has no such form."""
+    if plan.options.attention != "static":
+        return plan.options.attention == "gqa"
+    try:
+        probe_rotary(module.decoder, find_layers(module.decoder)[1][0])
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def wide_linears(vlm: VLM, part: Part, weights: DecoderWeights) -> frozenset[str]:
@@ -95,7 +110,15 @@ def wide_linears(vlm: VLM, part: Part, weights: DecoderWeights) -> frozenset[str
 
 
 def choose_dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> Dialect:
-    """The dialect that says what was traced: `OrtDialect` where the rotary embedding was taken out."""
+    """The dialect of `target` that says what was traced: `OrtDialect` where the rotary embedding was taken out.
+
+    Raises `BadInputError` for a static cache without a length, or with one that the model's positions do not reach.
+    """
+    if target.onnx.dialect == "tensorrt":
+        length = linears.plan.options.cache_length
+        if length is None:
+            raise BadInputError("TensorRT's decoder has a static cache; its length is missing (--max-seq)")
+        return TensorRTDialect(linears, target.onnx.opset, length, traced.rotary)
     if traced.rotary is not None:
         return OrtDialect(traced.rotary, linears, target.onnx.opset, linears.weights.cache_peaks)
     return StandardDialect(max(_STANDARD_OPSET, target.onnx.opset))

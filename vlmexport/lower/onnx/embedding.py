@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import checked_cast
+from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.split.parts import Part
 
@@ -52,7 +53,7 @@ def lower_embedding(part: Part, opset: int, float_type: ir.DataType) -> Embeddin
     graph = ir.Graph(
         [ids], [rows], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": opset}, name="embed_tokens"
     )
-    model = ir.Model(graph, ir_version=10, producer_name="vlmexport")
+    model = ir.Model(graph, ir_version=ir_version(opset), producer_name="vlmexport")
     return EmbeddingGraph(model, (WeightGroup((weight,), lambda: (checked_cast(name, table, ir.DataType.FLOAT16),)),))
 
 

@@ -92,14 +92,15 @@ class LinearEmitter:
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         block = block_size(columns, scheme.group_size)
         blocks = columns // block
-        stored = ir.DataType.FLOAT if method.wide_scales else _dtype(x)
+        stored = ir.DataType.FLOAT if method.wide_scales else dtype_of(x)
         values = [
             initializer(f"{name}.codes", ir.DataType.UINT8, (rows, blocks, block * scheme.bits // 8)),
             initializer(f"{name}.scale", stored, (rows, blocks)),
         ]
         if not scheme.symmetric:
             values.append(initializer(f"{name}.zero_point", ir.DataType.UINT8, (rows, -(-blocks * scheme.bits // 8))))
-        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name, stored, _dtype(x))))
+        kinds = stored, dtype_of(x)
+        self.groups.append(WeightGroup(tuple(values), lambda: self._make_codes(members, name, block, *kinds)))
         attributes = {
             "K": columns,
             "N": rows,
@@ -107,18 +108,18 @@ class LinearEmitter:
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
-        inputs: list[ir.Value | None] = [x, values[0], cast(tape, values[1], _dtype(x)), *values[2:]]
-        bias = self._bias(members, name, _dtype(x))
+        inputs: list[ir.Value | None] = [x, values[0], cast(tape, values[1], dtype_of(x)), *values[2:]]
+        bias = self._bias(members, name, dtype_of(x))
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
         return tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
     def _make_codes(
-        self, members: tuple[LinearRef, ...], name: str, stored: ir.DataType, computed: ir.DataType
+        self, members: tuple[LinearRef, ...], name: str, block: int, stored: ir.DataType, computed: ir.DataType
     ) -> tuple[np.ndarray, ...]:
-        tensors = [self._quantize(m, stored) for m in members]
+        tensors = [self._quantize(m, block, stored) for m in members]
         stacked = stack_rows(tensors)
-        _check_scale(stacked.scale.numpy(), computed, name)
+        check_scale(stacked.scale.numpy(), computed, name)
         packed = pack_matmul_nbits(stacked, _NUMPY[stored])
         self._record(members, tensors, name, packed.block_size)
         arrays = (packed.codes, packed.scale)
@@ -127,16 +128,16 @@ class LinearEmitter:
     def _bnb4(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str, block: int) -> ir.Value:
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         codes, absmax = bnb4_initializers(name, rows, columns, block)
-        self.groups.append(WeightGroup((codes, absmax), lambda: self._make_bnb4(members, name, _dtype(x))))
-        out = bnb4_product(tape, x, codes, cast(tape, absmax, _dtype(x)), (rows, columns), block)
-        bias = self._bias(members, name, _dtype(x))
+        self.groups.append(WeightGroup((codes, absmax), lambda: self._make_bnb4(members, name, dtype_of(x))))
+        out = bnb4_product(tape, x, codes, cast(tape, absmax, dtype_of(x)), (rows, columns), block)
+        bias = self._bias(members, name, dtype_of(x))
         return out if bias is None else tape.op("Add", [out, bias])
 
     def _make_bnb4(self, members: tuple[LinearRef, ...], name: str, computed: ir.DataType) -> tuple[np.ndarray, ...]:
         tensors = [self.weights.quantized(m.weight) for m in members]
         stacked = stack_rows(tensors)
         codes, absmax = pack_bnb4(stacked)
-        _check_scale(absmax, computed, name)
+        check_scale(absmax, computed, name)
         self._record(members, tensors, name, stacked.group_size, codebook="nf4")
         return codes, absmax
 
@@ -165,27 +166,26 @@ class LinearEmitter:
             )
         )
 
-    def _quantize(self, member: LinearRef, stored: ir.DataType) -> QuantizedTensor:
-        """The codes in the operator's blocks, with scales that the type `stored` holds.
+    def _quantize(self, member: LinearRef, block: int, stored: ir.DataType) -> QuantizedTensor:
+        """The codes in the operator's blocks of `block` columns, with scales that the type `stored` holds.
 
         A quantizer keeps float32 where a scale of the weight is subnormal in float16; an operator that computes in
         float16 takes no other, and what it then means is what the records must say.
         """
-        codes = self.weights.quantized(member.weight)
-        codes = codes.regrouped(block_size(codes.shape[1], codes.group_size))
+        codes = self.weights.quantized(member.weight).regrouped(block)
         if stored != ir.DataType.FLOAT16 or codes.scale.dtype == torch.float16:
             return codes
-        _check_scale(codes.scale.numpy(), stored, member.weight)
+        check_scale(codes.scale.numpy(), stored, member.weight)
         return dataclasses.replace(codes, scale=codes.scale.to(torch.float16))
 
     def _dense(self, tape: Tape, x: ir.Value, members: tuple[LinearRef, ...], name: str) -> ir.Value:
-        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else _dtype(x)
+        stored = ir.DataType.FLOAT16 if self._planned(members[0]).dtype == "float16" else dtype_of(x)
         rows, columns = sum(m.out_features for m in members), members[0].in_features
         weight = initializer(name, stored, (columns, rows))
         self.groups.append(WeightGroup((weight,), lambda: (self._dense_weight(members, stored),)))
-        operand = cast(tape, weight, _dtype(x))
+        operand = cast(tape, weight, dtype_of(x))
         out = tape.op("MatMul", [x, operand])
-        bias = self._bias(members, name, _dtype(x))
+        bias = self._bias(members, name, dtype_of(x))
         return out if bias is None else tape.op("Add", [out, bias])
 
     def _dense_weight(self, members: tuple[LinearRef, ...], dtype: ir.DataType) -> np.ndarray:
@@ -201,20 +201,21 @@ class LinearEmitter:
 
 def cast(tape: Tape, value: ir.Value, kind: ir.DataType) -> ir.Value:
     """`value` as `kind`: itself, or behind a Cast."""
-    if _dtype(value) == kind:
+    if dtype_of(value) == kind:
         return value
     out = tape.op("Cast", [value], {"to": int(kind)})
     out.type, out.shape = ir.TensorType(kind), value.shape
     return out
 
 
-def _dtype(value: ir.Value) -> ir.DataType:
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """The element type of `value`; raises ValueError where it is not known yet."""
     if value.dtype is None:
         raise ValueError(f"{value.name} has no type yet")
     return value.dtype
 
 
-def _check_scale(scale: np.ndarray, computed: ir.DataType, name: str) -> None:
+def check_scale(scale: np.ndarray, computed: ir.DataType, name: str) -> None:
     """Refuse scales that leave the range of the type that the product computes in."""
     with np.errstate(over="ignore"):
         finite = np.isfinite(scale.astype(_NUMPY[computed])).all()

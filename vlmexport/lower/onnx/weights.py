@@ -14,7 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from vlmexport.lower.onnx.packing import pack_bits
 from vlmexport.progress import Progress
 
 # Below this size a tensor stays inside the graph file (ONNX tools read shapes and axes from there).
@@ -34,7 +36,12 @@ class WeightGroup:
 
 def initializer(name: str, dtype: ir.DataType, shape: Iterable[int]) -> ir.Value:
     """An initializer without data yet."""
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
+    return typed_value(name, dtype, list(shape))
+
+
+def typed_value(name: str, dtype: ir.DataType, dims: Iterable[int | str]) -> ir.Value:
+    """A value that no node makes: a graph input, say."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(dims)))
 
 
 def stream_weights(
@@ -103,12 +110,18 @@ def _store(value: ir.Value, array: np.ndarray, file: BinaryIO, data_path: Path) 
     name, shape, dtype = str(value.name), list(value.shape or []), value.dtype
     if dtype is None or list(array.shape) != shape or ir.DataType.from_numpy(array.dtype) != dtype:
         raise ValueError(f"{name}: made {array.dtype}{list(array.shape)}, planned {dtype}{shape}")
-    if array.nbytes < INLINE_BYTES:
+    stored = _pack_pairs(array) if dtype == ir.DataType.INT4 else array
+    if stored.nbytes < INLINE_BYTES:
         return ir.Tensor(array, name=name)
-    offset = _write_aligned(file, array)
+    offset = _write_aligned(file, stored)
     return ir.ExternalTensor(
-        data_path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=data_path.parent
+        data_path.name, offset, stored.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=data_path.parent
     )
+
+
+def _pack_pairs(array: np.ndarray) -> np.ndarray:
+    """INT4 values, one per byte, as ONNX stores them: row-major, two per byte, the first in the low four bits."""
+    return pack_bits(torch.from_numpy(array.reshape(-1).view(np.uint8)) & 0xF, 4).numpy()
 
 
 def _write_aligned(file: BinaryIO, array: np.ndarray) -> int:

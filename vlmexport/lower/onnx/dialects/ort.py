@@ -16,13 +16,14 @@ from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter
 from vlmexport.lower.onnx.rotary import Rotary
 from vlmexport.quantize.kv_cache import CachePeaks
 
 
 @dataclass
-class OrtDialect:
+class OrtDialect(GrowingCache):
     """The ``gqa`` form of a decoder.
 
     With `cache_peaks` the cache is INT8; `cache_scales` holds the scales (keys, values) of the layers emitted so far.

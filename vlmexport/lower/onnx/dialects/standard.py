@@ -12,12 +12,13 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialects.growing import GrowingCache
 
 _INT64 = ir.DataType.INT64
 
 
 @dataclass
-class StandardDialect:
+class StandardDialect(GrowingCache):
     """The ``standard`` form of a decoder."""
 
     opset: int

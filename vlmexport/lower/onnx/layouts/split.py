@@ -1,4 +1,7 @@
-"""The ``split`` layout: one graph per part at the root of the folder, with its external data (docs/manifest.md)."""
+"""The ``split`` and ``tensorrt`` layouts: one graph per part at the root of the folder, with its external data.
+
+See docs/manifest.md. Which of the two a folder is depends on the target's dialect alone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def emit_split(
     kept: list[KeptTensor] = []
     precision = EncoderPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
     for role in (Role.VISION_ENCODER, Role.PROJECTOR):
-        graph = lower_vision(vlm.model, split.parts[role], precision, target.onnx.opset)
+        graph = lower_vision(vlm.model, split.parts[role], precision, target.onnx.opset, dialect=target.onnx.dialect)
         kept += graph.kept
         stream_weights(graph.model, graph.groups, folder / f"{role}.onnx", progress, f"write {role}")
         parts[role] = part_file(graph.model, f"{role}.onnx")
