@@ -147,7 +147,7 @@ def attention_kernel(site: Site) -> Iterator[Problem]:
 
 
 def _needs_no_kernel(site: Site, heads: _Heads | None) -> bool:
-    """Whether it is written out in the build: [B, S, heads * D] of fixed sizes, as many key heads, no mask, not causal."""
+    """Whether the build writes it out: [B, S, heads * D] of fixed sizes, as many key heads, no mask, not causal."""
     if heads is None or site.input(3) or site.attributes.get("is_causal", 0) or heads.heads != heads.kv_heads:
         return False
     shapes = [site.shape(i) or () for i in range(3)]

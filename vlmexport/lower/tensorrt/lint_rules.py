@@ -177,7 +177,11 @@ def _constant_or_cast(site: Site, name: str) -> bool:
 
 
 def fp16_norm(site: Site) -> Iterator[Problem]:
-    """A norm in FP16: squares of values above 255 are above 65504 (TensorRT-LLM 3223; TensorRT 4723, 2709)."""
+    """A norm in FP16: squares of values above 255 are above 65504 (TensorRT-LLM 3223; TensorRT 4723, 2709).
+
+    RTX 1.7.1 imports RMSNormalization with squares in FP32, but LayerNormalization and norms that are written out in
+    the type they come in; all are refused alike, as TensorRT promises it of none.
+    """
     op = site.node.op_type
     if site.dtype(0) != TensorProto.FLOAT16:
         return
