@@ -64,7 +64,7 @@ class ParityLimits(LossLimits):
 
     ``*_rel`` are largest absolute difference over largest absolute reference value (``lowering_exact_rel_fp16`` is for
     decoders with float16 activations; ``merged_rel`` for pixels to decoder input); ``*_kl`` mean nats per token.
-    ``lowering_exact_kl`` and ``lowering_shipped_rel`` are judged by targets that have them.
+    ``lowering_exact_kl`` is judged for targets that have it.
     """
 
     lowering_exact_rel: float
@@ -75,7 +75,6 @@ class ParityLimits(LossLimits):
     embedding_rel: float
     merged_rel: float
     lowering_exact_kl: float | None = None
-    lowering_shipped_rel: float | None = None
 
 
 @dataclass(frozen=True)

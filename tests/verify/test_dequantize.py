@@ -19,21 +19,23 @@ from vlmexport.verify.dequantize import unpack_dequantized
 ROWS, COLUMNS = 6, 64
 
 
-def quantized(bits):
+def quantized(bits, blocked):
     torch.manual_seed(0)
-    scheme = QuantScheme(bits=bits, symmetric=True, group_size=32 if bits == 4 else COLUMNS)
+    scheme = QuantScheme(bits=bits, symmetric=True, group_size=32 if blocked else COLUMNS)
     tensor = quantize_rtn(torch.randn(ROWS, COLUMNS), scheme)
     return replace(tensor, scale=tensor.scale.half())
 
 
-def export(folder, bits, *, extra=(), feeds="MatMul", consumers=1, scale=1.0, **attributes):
+def export(folder, bits, *, blocked=None, extra=(), feeds="MatMul", consumers=1, scale=1.0, **attributes):
     """A decoder of one stored matrix; the defaults are right, and every argument plants a fault."""
-    tensor = quantized(bits)
-    kind, axis = (ml_dtypes.int4, {"axis": 0, "block_size": 32}) if bits == 4 else (np.int8, {"axis": 1})
+    blocked = bits == 4 if blocked is None else blocked
+    tensor = quantized(bits, blocked)
+    kind = ml_dtypes.int4 if bits == 4 else np.int8
+    axis = {"axis": 0, "block_size": 32} if blocked else {"axis": 1}
     codes = (tensor.codes.numpy().T.astype(np.int16) - (1 << (bits - 1))).astype(np.int8).astype(kind)
     scales = tensor.scale.numpy().T * np.float16(scale)
     stored = [_int4(codes) if bits == 4 else numpy_helper.from_array(codes, "w.codes")]
-    stored.append(numpy_helper.from_array(scales if bits == 4 else scales[0], "w.scale"))
+    stored.append(numpy_helper.from_array(scales if blocked else scales[0], "w.scale"))
     nodes = [helper.make_node("DequantizeLinear", ["w.codes", "w.scale", *extra], ["w"], **{**axis, **attributes})]
     nodes += [helper.make_node(feeds, ["x", "w"], [f"y{i}"]) for i in range(consumers)]
     outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT16, ["b", ROWS]) for i in range(consumers)]
@@ -60,12 +62,13 @@ def reasons(artifact):
     return {f.reason for f in read_codes(artifact)[1]}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_of_stacked_weights_come_back(tmp_path, bits):
-    made = export(tmp_path, bits)
+@pytest.mark.parametrize(("bits", "blocked"), [(4, True), (8, False), (8, True)])
+def test_codes_of_stacked_weights_come_back(tmp_path, bits, blocked):
+    made = export(tmp_path, bits, blocked=blocked)
     tensors, faults = read_codes(made)
     assert faults == unrecorded_matrices(made) == []
-    assert torch.equal(torch.cat([tensors["a"].dequantize(), tensors["b"].dequantize()]), quantized(bits).dequantize())
+    found = torch.cat([tensors["a"].dequantize(), tensors["b"].dequantize()])
+    assert torch.equal(found, quantized(bits, blocked).dequantize())
 
 
 def test_onnxruntime_multiplies_with_what_was_read(tmp_path):
@@ -92,6 +95,7 @@ def test_onnxruntime_multiplies_with_what_was_read(tmp_path):
         (4, {"feeds": "Add"}, "its values go to Add"),
         (4, {"consumers": 0}, "its values go to nothing"),
         (4, {"block_size": 16}, "no quantized matrix of this layout"),
+        (4, {"blocked": False}, "no quantized matrix of this layout"),
         (8, {"axis": 0}, "no quantized matrix of this layout"),
     ],
 )

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _BITS = {"int4": 4, "int8": 8}
-_BLOCKED, _BY_CHANNEL = 0, 1  # the operator's axis: blocks of scales run along K, or there is one for each column
 
 
 def unpack_dequantized(codes: NDArray[Any], scale: NDArray[Any], *, axis: int, block_size: int) -> QuantizedTensor:
     """The logical tensor behind ``codes`` ``[K, N]`` of one node, which are centred on zero.
 
-    int4 with ``scale`` ``[ceil(K / block_size), N]`` on axis 0, or int8 with ``scale`` ``[N]`` on axis 1 and no blocks;
-    scales are float16 or float32. Raises `ArtifactError` for any other form.
+    int4 or int8 with ``scale`` ``[ceil(K / block_size), N]`` on axis 0, or int8 with ``scale`` ``[N]`` on axis 1 and no
+    blocks; scales are float16 or float32. Raises `ArtifactError` for any other form.
     """
     bits = _BITS.get(codes.dtype.name, 0)
     columns, rows = codes.shape if codes.ndim == 2 else (0, 0)
     group_size = block_size or columns
-    wanted = {4: (_BLOCKED, (-(-columns // max(group_size, 1)), rows)), 8: (_BY_CHANNEL, (rows,))}.get(bits)
-    if wanted != (axis, scale.shape) or (bits == 8) != (block_size == 0) or scale.dtype not in (np.float16, np.float32):
+    blocked = bits and block_size and (axis, scale.shape) == (0, (-(-columns // block_size), rows))
+    by_channel = bits == 8 and not block_size and (axis, scale.shape) == (1, (rows,))
+    if not (blocked or by_channel) or scale.dtype not in (np.float16, np.float32):
         raise ArtifactError(
             f"{codes.dtype} codes {list(codes.shape)} with {scale.dtype} scales {list(scale.shape)} on axis {axis} in "
             f"blocks of {block_size} are no quantized matrix of this layout"

@@ -33,6 +33,7 @@ from vlmexport.verify.decoder import (
     token_by_token,
 )
 from vlmexport.verify.dialect import check_dialect
+from vlmexport.verify.engines import check_engines
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.prompts import Prompts, answer_items, build_prompts
 from vlmexport.verify.quantization import (
@@ -106,7 +107,6 @@ class _Run:
             self.exact_rel,
             limits.lowering_shipped_kl,
             limits.lowering_exact_kl,
-            limits.lowering_shipped_rel,
             DECODE_STEPS if capacity is None else static_cache.STEPS,
             capacity,
         )
@@ -245,6 +245,7 @@ def _judge(
         totals = _check_decoder(run, reference, wanted)
     parts.check_merged(run.gate, prompts.probes, run.shipped, wanted, run.target.parity)
     answers, quantization = _check_quantization(run, reference, prompts, asked)
+    _check_engines(run, wanted)
     measured = bool(totals.kl)
     lowering = LoweringSummary(
         totals.max_abs_logit, totals.mean_kl() if measured else None, totals.top1() if measured else None
@@ -351,10 +352,8 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
     """What can be judged without the original model; everything else is named as not run."""
     for name, part, side in _NEEDS_REFERENCE:
         run.gate.not_run(name, part, side, reason)
-    limits = run.target.parity
-    own = {"decoder/exact_kl": limits.lowering_exact_kl, "decoder/shipped_rel": limits.lowering_shipped_rel}
-    for name in (name for name, limit in own.items() if limit is not None):
-        run.gate.not_run(name, "decoder", "lowering", reason)
+    if run.target.parity.lowering_exact_kl is not None:
+        run.gate.not_run("decoder/exact_kl", "decoder", "lowering", reason)
     if kv_cache.is_quantized(run.artifact):
         kv_cache.check_scales(run.gate, run.artifact, _manifest_geometry(run.artifact))
         for name in kv_cache.CHECKS:
@@ -366,6 +365,13 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
         embeds = {p.name: parts.merged_inputs(run.shipped, p.exported) for p in prompts.probes}
     if fitting := static_cache.with_room(run.gate, embeds, run.capacity):
         _check_consistency(run, fitting)
+    _check_engines(run, embeds)
+
+
+def _check_engines(run: _Run, embeds: Mapping[str, Array]) -> None:
+    """What there is of engines in an export of the layout that has them, on the decoder's inputs `embeds`."""
+    if run.artifact.manifest.layout == TENSORRT_LAYOUT:
+        check_engines(run.gate, run.artifact, embeds)
 
 
 def _takes_left_padding(artifact: Artifact) -> bool:
