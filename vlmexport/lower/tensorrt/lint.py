@@ -42,7 +42,7 @@ class Finding:
 
 
 def lint_graph(
-    path: Path, *, profile: Sequence[ShapeProfile] = (), weights: Sequence[str] = ALL_WEIGHTS
+    path: Path, profile: Sequence[ShapeProfile] = (), *, weights: Sequence[str] = ALL_WEIGHTS
 ) -> tuple[Finding, ...]:
     """Every finding in the graph at `path`, errors first, each kind in the graph's order.
 
@@ -55,7 +55,7 @@ def lint_graph(
 
 
 def require_clean(
-    path: Path, *, profile: Sequence[ShapeProfile] = (), weights: Sequence[str] = ALL_WEIGHTS
+    path: Path, profile: Sequence[ShapeProfile] = (), *, weights: Sequence[str] = ALL_WEIGHTS
 ) -> tuple[Finding, ...]:
     """The warnings of a graph without errors; otherwise `UnsupportedModelError` with the first and how many more."""
     findings = lint_graph(path, profile=profile, weights=weights)
