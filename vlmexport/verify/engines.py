@@ -60,7 +60,7 @@ def check_engines(
         if built["places"]:
             gate.verdict("engines/listed", "decoder", "lowering", _missing(artifact, specs, built), "engines missing")
         if not places:
-            gate.not_run("engines/run", "decoder", "lowering", f"no engine was built: {_why_none(built)}")
+            gate.not_run("engines/run", "decoder", "lowering", _why_none(built))
         for place in places:
             damaged = _check_files(gate, artifact, specs, place, built)
             _check_runs(gate, artifact, embeds, place, damaged, hardware or this_machine())
@@ -74,7 +74,9 @@ def _built(artifact: Artifact) -> dict[str, Any]:
 
 
 def _why_none(built: Mapping[str, Any]) -> str:
-    reason = built["reason"] or "the manifest gives no reason"
+    reason = f"no engine was built: {built['reason'] or 'the manifest gives no reason'}"
+    if built["places"]:
+        reason = "the engines that the manifest lists are gone"
     return f"{reason}; run build_engines.sh of the export on the machine with the GPU, then `vlmexport verify` there"
 
 
@@ -172,11 +174,9 @@ def _require_fit(artifact: Artifact, place: str, hardware: Hardware) -> None:
     try:
         check_place(artifact, place, hardware)
     except (NotPossibleHereError, ArtifactError) as error:
-        facts = artifact.manifest.model["tensorrt"]
         said = Sidecar.read(engine_path(artifact.path, place, specs_of(artifact.manifest.model)[0].name))
-        gpu = f"a GPU of compute capability {' or '.join(said.compute_capabilities)}"
-        if said.gpu and said.gpu == facts["gpu"]:
-            gpu = f"an {facts.get('gpu_title', said.gpu)} or another GPU of its compute capability"
+        named = f" ({said.gpu})" if said.gpu else ""
+        gpu = f"a GPU of compute capability {' or '.join(said.compute_capabilities)}{named}"
         raise NotRunError(
             f"{error}; to run them, copy the folder to a machine with {gpu} and {LIBRARIES[said.flavour]} "
             f"{said.version}, and run `vlmexport verify DIR` there"

@@ -98,19 +98,23 @@ def test_two_caches_do_not_touch_each_other_and_are_given_back(artifact):
     assert len(device.memory) == before
 
 
-def test_all_logits_of_a_prompt_are_asked_for_a_few_at_a_time(plain, monkeypatch):
+def test_all_logits_of_a_prompt_are_asked_for_a_few_at_a_time_and_steps_have_a_profile_of_their_own(plain, monkeypatch):
     runner = TensorRtRunner(plain, hardware=machine())
     engine = runner._decoder._prefill.engine
     calls, run = [], engine.run
-    monkeypatch.setattr(
-        engine, "run", lambda inputs, *a: (calls.append(inputs["logits_positions"].shape), run(inputs, *a))[1]
-    )
+
+    def watched(inputs, profile, residents):
+        calls.append((profile, *inputs["logits_positions"].shape))
+        return run(inputs, profile, residents)
+
+    monkeypatch.setattr(engine, "run", watched)
     rows = prompt(1, 20)
-    runner.prefill(rows, ones(rows), 0)
-    assert calls == [(1, MAX_KEPT), (1, MAX_KEPT), (1, 4)]
+    _, cache = runner.prefill(rows, ones(rows), 0)
+    assert calls == [(0, 1, MAX_KEPT), (0, 1, MAX_KEPT), (0, 1, 4)]
     calls.clear()
     runner.prefill(rows, ones(rows), 1)
-    assert calls == [(1, 1)]
+    runner.decode(rows[:, :1], cache)
+    assert calls == [(0, 1, 1), (1, 1, 1)]
 
 
 def test_the_other_parts_are_onnx_runtimes(runner, onnx_runner):
