@@ -63,7 +63,7 @@ def test_an_export_gets_its_engines_with_sidecars(tmp_path: Path) -> None:
     assert result.bytes == sidecar.bytes == built.path.stat().st_size
     assert result.layers > 200
     assert 0 < result.cpu_seconds < 60
-    assert 0 < result.seconds < 60
+    assert result.seconds > 0
     assert 100e6 < result.peak_rss < 500e6
     assert sorted(p.name for p in built.path.parent.iterdir()) == ["decoder.engine", "decoder.engine.json"]
 
@@ -79,9 +79,9 @@ def test_a_portable_engine_serves_every_architecture_with_int4(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["SM80", "SM86", "SM89", "SM120", "SM121"])
 @pytest.mark.parametrize("window", [0, 8])
-def test_int4_builds_for_every_architecture_that_has_it(graph: Path, tmp_path: Path, target: str, window: int) -> None:
-    windowed = write_decoder(tmp_path, window=window)
-    assert build_engine(windowed, spec_of(windowed), [target], tmp_path / "decoder.engine").bytes > 1e6
+def test_int4_builds_for_every_architecture_that_has_it(tmp_path: Path, target: str, window: int) -> None:
+    graph = write_decoder(tmp_path, window=window)
+    assert build_engine(graph, spec_of(graph), [target], tmp_path / "decoder.engine").bytes > 1e6
 
 
 @pytest.mark.slow

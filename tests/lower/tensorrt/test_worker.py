@@ -246,7 +246,7 @@ def _wait_for_child(pid: int) -> int:
 
 
 def _wait_until_gone(pid: int) -> None:
-    for _ in range(100):
+    for _ in range(400):
         status = Path(f"/proc/{pid}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
             return
