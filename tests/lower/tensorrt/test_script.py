@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.lower.tensorrt.graphs import part_of, write_decoder
+from tests.lower.tensorrt.graphs import DecoderShape, part_of, write_decoder
 from vlmexport.engines import EngineSpec, Sidecar, TrtLimits, decoder_profiles, graph_digests
 from vlmexport.errors import ArtifactError
 from vlmexport.gpu import Gpu
 from vlmexport.lower.tensorrt.script import VERSIONS, write_build_scripts
-from vlmexport.manifest import PartFile
+from vlmexport.manifest import Manifest, PartFile, open_artifact, write_manifest
 
 LIMITS = TrtLimits(2, 48, 1)
 MODEL = {"gpu": "a100-80", "limits": {"max_batch": 2, "max_seq": 48, "max_images": 1}}
@@ -34,7 +34,7 @@ exit {status}
 
 
 def export(folder: Path, gpu: Gpu = A100) -> tuple[EngineSpec, PartFile]:
-    part = part_of(write_decoder(folder))
+    part = part_of(write_decoder(folder, DecoderShape(layers=1)))
     spec = EngineSpec("decoder", "decoder", decoder_profiles(part, LIMITS))
     assert write_build_scripts(folder, MODEL, {"decoder": part}, [spec], gpu) == (
         "build_engines.sh",
@@ -225,6 +225,39 @@ def test_rtx_builds_and_its_sidecar_is_read(folder: Path) -> None:
     assert sidecar.spec == spec
     assert sidecar.bytes > 1000
     assert "not run" in done.stdout
+
+
+def test_an_engine_that_the_manifest_lists_is_replaced_in_it(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    _, part = export(folder)
+    engine = folder / "engines" / "sm80" / "decoder.engine"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b"an older one")
+    write_manifest(folder, Manifest("tensorrt", "tensorrt", {}, {}, {}, {}, {"decoder": part}, (), ()))
+    assert run_py(folder, "--flavour", "rtx").returncode == 0
+    manifest = open_artifact(folder).manifest
+    assert manifest.files["engines/sm80/decoder.engine"].bytes == engine.stat().st_size
+    assert "engines/sm80/decoder.engine.json" not in manifest.files
+
+
+def test_tensorrt_itself_through_its_python_module(folder: Path, tmp_path: Path, tools: Path) -> None:
+    """TensorRT for RTX stands in for TensorRT: their modules have the same names."""
+    pytest.importorskip("tensorrt_rtx")
+    spec, _ = export(folder)
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "tensorrt.py").write_text("from tensorrt_rtx import *\n\n__version__ = '11.4.0.106'\n")
+    env = {"PYTHONPATH": str(shim), "PATH": f"{tools}:{os.environ['PATH']}", "RECORD": str(tools / "record")}
+    done = run_py(folder, "--timing-cache", str(tmp_path / "timings"), **env)
+    assert done.returncode == 0, done.stderr
+    sidecar = Sidecar.read(folder / "engines" / "a100-80" / "decoder.engine")
+    assert (sidecar.flavour, sidecar.version, sidecar.compute_capabilities) == ("trt", "11.4.0.106", ("8.0",))
+    assert sidecar.spec == spec
+    assert (tmp_path / "timings").is_file()
+    tools_at(tools, capability="8.6")
+    assert "GPU 0 has compute capability 8.6" in run_py(folder, **env).stderr
+    assert run_py(folder, "--compute-capability", "SM80", **env).returncode == 1
+    assert run_py(folder, "--flavour", "rtx", "--timing-cache", "x").returncode == 2
 
 
 def test_rtx_builds_for_the_capabilities_that_are_named(folder: Path) -> None:

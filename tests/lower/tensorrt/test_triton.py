@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 
 from tests.lower.tensorrt.fake_triton import END, START, Server, TritonModelException
 from tests.lower.tensorrt.test_script import A100, run_sh, tools_at
-from tests.runtime.tensorrt.exports import static_export
+from tests.runtime.tensorrt.exports import LIMITS, static_export
 from tests.runtime.tensorrt.fakes import engine_bytes
-from vlmexport.engines import Sidecar, specs_of
+from vlmexport.engines import EngineSpec, Sidecar, decoder_profiles, specs_of
 from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.lower.tensorrt import triton_config
 from vlmexport.lower.tensorrt.script import write_build_scripts
@@ -23,6 +24,7 @@ from vlmexport.lower.tensorrt.triton import write_triton
 from vlmexport.lower.tensorrt.triton_check import check_triton
 from vlmexport.lower.tensorrt.triton_config import read_config
 from vlmexport.manifest import Artifact
+from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.generate import generate_ids
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
@@ -40,7 +42,7 @@ def written(folder: Path, backend: Any, *, eos: tuple[int, ...] = (), **export: 
     manifest = artifact.manifest
     specs = specs_of(manifest.model)
     write_build_scripts(folder, manifest.model["tensorrt"], manifest.parts, specs, A100)
-    names = write_triton(folder, manifest.model, manifest.parts, specs, backend, eos)
+    names = write(artifact, backend, eos)
     assert all((folder / name).is_file() for name in names)
     if backend == "tensorrt":
         places = json.loads((folder / "triton" / "engines.json").read_text())
@@ -49,6 +51,17 @@ def written(folder: Path, backend: Any, *, eos: tuple[int, ...] = (), **export: 
             plan.parent.mkdir(exist_ok=True)
             plan.write_bytes(engine_bytes(artifact.part_path(spec.part), spec))
     return artifact
+
+
+def write(artifact: Artifact, backend: Any, eos: tuple[int, ...] = (), **changed: Any) -> tuple[str, ...]:
+    model = artifact.manifest.model
+    said = {
+        "parts": artifact.manifest.parts,
+        "specs": specs_of(model),
+        "limits": LIMITS,
+        "merge": MergeSpec.from_dict(model["merge"]),
+    }
+    return write_triton(artifact.path, backend=backend, eos_token_ids=eos, **{**said, **changed})
 
 
 def prompt(images: int = 1, seed: int = 0) -> ModelInputs:
@@ -82,6 +95,33 @@ def test_the_loop_gives_the_tokens_of_the_runner(tmp_path: Path, backend: str) -
         assert answer == expected(artifact, inputs, 20)
         assert len(set(answer)) > 3
     assert not server.running
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_a_long_prompt_goes_through_in_pieces(tmp_path: Path, backend: str) -> None:
+    artifact = written(tmp_path / "e", backend)
+    if backend == "tensorrt":
+        limit_to(artifact, 5)
+    else:
+        write(artifact, backend, limits=replace(LIMITS, max_prompt=5))
+    server = Server(tmp_path / "e" / "triton")
+    inputs = prompt(2)
+    assert asked(server, inputs, 6) == expected(artifact, inputs, 6)
+    # 16 tokens in four pieces, then five single ones; TensorRT's sequence ends with one more.
+    assert [name for name, _ in server.calls].count("decoder") == 4 + 5 + (backend == "tensorrt")
+
+
+def limit_to(artifact: Artifact, tokens: int) -> None:
+    """A repository and plans whose prefill takes so few tokens at once."""
+    limits = replace(LIMITS, max_prompt=tokens)
+    part = artifact.manifest.parts["decoder"]
+    spec = EngineSpec("decoder", "decoder", decoder_profiles(part, limits))
+    others = [s for s in specs_of(artifact.manifest.model) if s.part != "decoder"]
+    plans = {p: p.read_bytes() for p in (artifact.path / "triton").glob("*/1/*.plan")}
+    write(artifact, "tensorrt", limits=limits, specs=[*others, spec])
+    for path, data in plans.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(engine_bytes(artifact.part_path("decoder"), spec) if path.parts[-3] == "decoder" else data)
 
 
 def test_two_engines_share_one_cache(tmp_path: Path) -> None:
@@ -155,7 +195,7 @@ def test_the_build_script_fills_the_repository(tmp_path: Path) -> None:
 def test_an_engine_of_tensorrt_for_rtx_is_found(tmp_path: Path) -> None:
     artifact = static_export(tmp_path / "e")
     manifest = artifact.manifest
-    write_triton(tmp_path / "e", manifest.model, manifest.parts, specs_of(manifest.model), "tensorrt", [2])
+    write(artifact, "tensorrt")
     root = tmp_path / "e" / "triton"
     engine = tmp_path / "e" / "engines" / "sm80" / "decoder.engine"
     assert Sidecar.read(engine).flavour == "rtx"
@@ -213,16 +253,14 @@ def test_missing_files_are_found(tmp_path: Path) -> None:
 
 
 def test_models_that_vlm_cannot_serve_are_refused(tmp_path: Path) -> None:
-    manifest = static_export(tmp_path / "e", built=False).manifest
-    specs = specs_of(manifest.model)
-    without = {role: part for role, part in manifest.parts.items() if role != "projector"}
+    artifact = static_export(tmp_path / "e", built=False)
+    without = {role: part for role, part in artifact.manifest.parts.items() if role != "projector"}
     with pytest.raises(BadInputError, match="no part projector"):
-        write_triton(tmp_path / "e", manifest.model, without, specs, "onnxruntime", [2])
-    model = {**manifest.model, "merge": {**manifest.model["merge"], "extras": ["position_ids"]}}
+        write(artifact, "onnxruntime", parts=without)
     with pytest.raises(BadInputError, match="position_ids"):
-        write_triton(tmp_path / "e", model, manifest.parts, specs, "onnxruntime", [2])
+        write(artifact, "onnxruntime", merge=MergeSpec(IMAGE, extras=("position_ids",)))
     with pytest.raises(ArtifactError, match="not prefill and decode"):
-        write_triton(tmp_path / "e", manifest.model, manifest.parts, specs[:-1], "tensorrt", [2])
+        write(artifact, "tensorrt", specs=specs_of(artifact.manifest.model)[:-1])
 
 
 def test_writing_twice_gives_the_same_files(tmp_path: Path) -> None:
@@ -232,8 +270,7 @@ def test_writing_twice_gives_the_same_files(tmp_path: Path) -> None:
 
     artifact = written(tmp_path / "e", "onnxruntime")
     first = contents()
-    manifest = artifact.manifest
-    write_triton(tmp_path / "e", manifest.model, manifest.parts, specs_of(manifest.model), "onnxruntime", ())
+    write(artifact, "onnxruntime")
     assert contents() == first
 
 

@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vlmexport.engines import EngineSpec, graph_files
+from vlmexport.engines import EngineSpec, TrtLimits, graph_files
 from vlmexport.errors import ArtifactError, BadInputError
 from vlmexport.lower.tensorrt.script import VERSIONS, template
 from vlmexport.lower.tensorrt.triton_check import CACHE_PREFIXES, check_triton
@@ -35,19 +36,20 @@ Backend: TypeAlias = Literal["tensorrt", "onnxruntime"]
 
 def write_triton(
     folder: Path,
-    model: Mapping[str, Any],
     parts: Mapping[str, PartFile],
     specs: Sequence[EngineSpec],
+    limits: TrtLimits,
     backend: Backend,
+    *,
+    merge: MergeSpec,
     eos_token_ids: Sequence[int],
 ) -> tuple[str, ...]:
     """Write ``triton/`` into the export in `folder`; the names of its files, relative to `folder`.
 
-    `model` is the manifest's ``model`` (``kv``, ``merge``, ``tensorrt.limits``). Raises `BadInputError` for a model
-    that ``vlm`` cannot serve and `ArtifactError` when the repository does not agree with the graphs.
+    What was there is replaced. Raises `BadInputError` for a model that ``vlm`` cannot serve, `ArtifactError` when the
+    repository does not agree with the graphs.
     """
     missing = [role for role in ROLES if role not in parts]
-    merge = MergeSpec.from_dict(model["merge"])
     if missing or merge.extras:
         what = f"no part {missing[0]}" if missing else f"the decoder inputs {list(merge.extras)}"
         raise BadInputError(f"a Triton repository is not written for a model with {what}; leave out --triton")
@@ -60,10 +62,10 @@ def write_triton(
         else:
             _write_part(root, folder, role, parts[role], backend)
     _write_features(root, parts)
-    _write_vlm(root, model, parts, eos_token_ids, merge, keeps_cache=backend == "tensorrt")
+    _write_vlm(root, parts, limits, eos_token_ids, merge, keeps_cache=backend == "tensorrt")
     if backend == "tensorrt":
         _write_json(root / PLACES_NAME, {spec.name: [_plan_path(spec)] for spec in specs})
-    (root / "README.md").write_text(_readme(backend, model, parts), encoding="utf-8")
+    (root / "README.md").write_text(_readme(backend, limits, parts), encoding="utf-8")
     faults = check_triton(root, {role: parts[role] for role in ROLES})
     if faults:
         raise ArtifactError(f"{root}: {faults[0]} ({len(faults)} faults)")
@@ -149,25 +151,27 @@ def _write_features(root: Path, parts: Mapping[str, PartFile]) -> None:
 
 def _write_vlm(
     root: Path,
-    model: Mapping[str, Any],
     parts: Mapping[str, PartFile],
+    limits: TrtLimits,
     eos_token_ids: Sequence[int],
     merge: MergeSpec,
     *,
     keeps_cache: bool,
 ) -> None:
-    kv = model["kv"]
     decoder = {t.name: t for t in parts["decoder"].inputs}
+    pasts = [t for t in decoder.values() if t.name.startswith("past_key_values.")]
+    _, heads, slots, head_dim = pasts[0].dims
     values = {
         "image_token_id": str(merge.image_token_id),
         "eos_token_ids": json.dumps(list(eos_token_ids)),
-        "max_seq": str(model["tensorrt"]["limits"]["max_seq"]),
+        "max_seq": str(slots),
+        "max_prompt": str(limits.prompt),
         "default_max_tokens": str(DEFAULT_MAX_TOKENS),
         "embeds_dtype": decoder["inputs_embeds"].dtype,
-        "kv_layers": str(kv["layers"]),
-        "kv_heads": str(kv["heads"]),
-        "kv_head_dim": str(kv["head_dim"]),
-        "kv_dtype": decoder["past_key_values.0.key"].dtype,
+        "kv_layers": str(len(pasts) // 2),
+        "kv_heads": str(heads),
+        "kv_head_dim": str(head_dim),
+        "kv_dtype": pasts[0].dtype,
         "decoder_keeps_cache": "true" if keeps_cache else "false",
     }
     int64 = TYPES["int64"][1]
@@ -206,13 +210,13 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _readme(backend: Backend, model: Mapping[str, Any], parts: Mapping[str, PartFile]) -> str:
+def _readme(backend: Backend, limits: TrtLimits, parts: Mapping[str, PartFile]) -> str:
     pixels = ", ".join(f"`{t.name}`" for t in parts["vision_encoder"].inputs)
     values = {
         "pixels": pixels,
         "default": DEFAULT_MAX_TOKENS,
         "version": VERSIONS["trt"],
-        **model["tensorrt"]["limits"],
+        **asdict(limits),
     }
     serves = template(f"triton_{backend}.md").format(**values).strip()
     return template("triton_readme.md").format(serves=serves, **values)

@@ -29,6 +29,7 @@ JOB_FILE = "engines.json"
 JOB_FORMAT = "vlmexport-build"
 JOB_VERSION = 1
 PLACES_FILE = "triton/engines.json"
+MANIFEST_FILE = "manifest.json"
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 # From this version on the precision of every operation is the graph's; older ones may choose another.
 FIRST_STRONGLY_TYPED = 11
@@ -142,7 +143,7 @@ def write_sidecar(
         "flavour": flavour,
         "version": version,
         "compute_capabilities": runs_on,
-        "gpu": job["gpu"]["name"] if len(runs_on) == 1 else "",
+        "gpu": job["gpu"]["name"] if runs_on == [job["gpu"]["compute_capability"]] else "",
         "spec": entry["spec"],
         "graph": {name: sha256((root / entry["graph"]).parent / name) for name in entry["files"]},
         "engine": sha256(engine),
@@ -248,6 +249,22 @@ def put_into_triton(root: Path, entry: dict[str, Any], engine: Path) -> list[Pat
     return targets
 
 
+def record(root: Path, built: list[Path]) -> None:
+    """Give the manifest the new digests of files that it lists: an engine that came with the export was replaced."""
+    path = root / MANIFEST_FILE
+    if not path.is_file():
+        return
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    listed = {file.relative_to(root).as_posix(): file for file in built}
+    changed = {name: file for name, file in listed.items() if name in manifest["files"]}
+    for name, file in changed.items():
+        manifest["files"][name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
+    if changed:
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+
 def finish(
     root: Path,
     job: dict[str, Any],
@@ -259,7 +276,8 @@ def finish(
     runs_on: list[str],
 ) -> None:
     """The sidecar and, for TensorRT's own engines, the Triton repository: its backend loads no others."""
-    write_sidecar(root, job, entry, engine, flavour=flavour, version=version, runs_on=runs_on)
+    sidecar = write_sidecar(root, job, entry, engine, flavour=flavour, version=version, runs_on=runs_on)
+    record(root, [engine, sidecar])
     for target in put_into_triton(root, entry, engine) if flavour == "trt" else ():
         print(f"{entry['spec']['name']}: {target.relative_to(root)}")
 

@@ -29,6 +29,7 @@ class TritonPythonModel:
         self.image_token_id = int(values["image_token_id"])
         self.eos_token_ids = set(json.loads(values["eos_token_ids"]))
         self.max_seq = int(values["max_seq"])
+        self.max_prompt = int(values["max_prompt"])
         self.default_max_tokens = int(values["default_max_tokens"])
         self.embeds_dtype = np.dtype(values["embeds_dtype"])
         cache = (int(values["kv_heads"]), self.max_seq, int(values["kv_head_dim"]))
@@ -60,7 +61,8 @@ class TritonPythonModel:
         decoder: _OwnCache | _PassedCache = _OwnCache() if self.decoder_keeps_cache else _PassedCache(*self.cache)
         tokens: list[int] = []
         try:
-            logits = decoder.run(embeds, 0)
+            for start in range(0, ids.size, self.max_prompt):
+                logits = decoder.run(embeds[:, start : start + self.max_prompt], start)
             while True:
                 token = int(np.argmax(logits))
                 held = ids.size + len(tokens)
@@ -99,10 +101,13 @@ class TritonPythonModel:
         return call("image_features", inputs, ["image_features"])["image_features"].as_numpy()
 
     def _embed(self, ids: Any) -> Any:
-        embeds = call("embed_tokens", [pb_utils.Tensor("input_ids", ids)], ["inputs_embeds"])[
-            "inputs_embeds"
-        ].as_numpy()
-        return embeds.astype(self.embeds_dtype, copy=True)
+        """Embeddings ``[1, tokens, hidden]``, of so many tokens at once as an engine takes."""
+        pieces = [ids[:, start : start + self.max_prompt] for start in range(0, ids.shape[1], self.max_prompt)]
+        rows = [
+            call("embed_tokens", [pb_utils.Tensor("input_ids", np.ascontiguousarray(piece))], ["inputs_embeds"])
+            for piece in pieces
+        ]
+        return np.concatenate([row["inputs_embeds"].as_numpy() for row in rows], axis=1).astype(self.embeds_dtype)
 
 
 class _PassedCache:
