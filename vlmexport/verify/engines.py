@@ -55,6 +55,7 @@ def check_engines(
     ``engines/ragged_batch[place]``. Without any engine ``engines/run`` is not run.
     """
     places = engine_places(artifact)
+    hardware = hardware or this_machine()
     with gate.guard("engines/listed", "decoder", "lowering"):
         built, specs = _built(artifact), specs_of(artifact.manifest.model)
         if built["places"]:
@@ -63,7 +64,7 @@ def check_engines(
             gate.not_run("engines/run", "decoder", "lowering", _why_none(built))
         for place in places:
             damaged = _check_files(gate, artifact, specs, place, built)
-            _check_runs(gate, artifact, embeds, place, damaged, hardware or this_machine())
+            _check_runs(gate, artifact, embeds, place, damaged, hardware)
 
 
 def _built(artifact: Artifact) -> dict[str, Any]:

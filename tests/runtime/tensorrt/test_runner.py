@@ -165,6 +165,12 @@ def test_compiled_kernels_are_kept_where_a_folder_is_given(plain, tmp_path, monk
     assert [p.name for p in (tmp_path / "kernels").iterdir()] == [f"{PLACE}-decoder.kernels"]
 
 
+def test_all_engines_load_at_once(artifact):
+    runner = TensorRtRunner(artifact, hardware=machine())
+    assert runner.load() > 0
+    assert runner._engines.keys() == {spec.name for spec in specs_of(artifact.manifest.model)}
+
+
 def test_the_place_that_fits_the_gpu_is_taken(tmp_path):
     artifact = static_export(tmp_path / "export")
     for spec in specs_of(artifact.manifest.model):
