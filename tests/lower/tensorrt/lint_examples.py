@@ -180,6 +180,13 @@ def dequantize(
     return graph(nodes, [("x", float_type, ["b", k])], [("y", float_type, ["b", n])], tensors, opset)
 
 
+def quantized(zero: str, dtype: Any = np.int8, value: int = 0) -> onnx.ModelProto:
+    """Activations through 8 bits; `zero` is ``z`` with a constant zero point, or empty."""
+    body = f"g (float[4,16] x) => (float[4,16] y) {{ q = QuantizeLinear(x, s{zero}) y = DequantizeLinear(q, s{zero}) }}"
+    scale, point = ones("s", [], np.float32), numpy_helper.from_array(np.array(value, dtype), "z")
+    return text(body, scale, *([point] if zero else []))
+
+
 def norm(op: str, dtype: str = "float", scale: str = "", opset: int = 24) -> onnx.ModelProto:
     """One norm over 16 features, scaled by ones."""
     weights = ones("w", [16], {"float": np.float32, "float16": np.float16}[scale or dtype])
@@ -571,4 +578,19 @@ DECODERS = (
         "int32", lambda: dequantize(dtype=T.INT32, block=0, axis=1, scale_shape=[16]), "refused", ("quantized-codes",)
     ),
 )
-EXAMPLES = (*OPERATORS, *DECODERS)
+ACTIVATIONS = (
+    Example("int8 activations", lambda: quantized(", z"), "builds"),
+    Example("uint8 activations", lambda: quantized(", z", np.uint8), "builds"),
+    Example("activations without zero point", lambda: quantized(""), "builds"),
+    Example("activations around 1", lambda: quantized(", z", value=1), "refused", ("zero-point",)),
+    Example(
+        "zero point of the caller",
+        lambda: text(
+            "g (float[4,16] x, int8 z) => (float[4,16] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s) }",
+            ones("s", [], np.float32),
+        ),
+        "refused",
+        ("zero-point",),
+    ),
+)
+EXAMPLES = (*OPERATORS, *ACTIVATIONS, *DECODERS)

@@ -248,6 +248,13 @@ def test_what_is_no_graph(content: bytes, tmp_path: Path) -> None:
         lint_graph(tmp_path / "gone.onnx")
 
 
+def test_nonsense_is_reported_not_raised(tmp_path: Path) -> None:
+    model = dequantize(axis=0)
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    model.graph.node[0].attribute[0].i = -7
+    assert {"value", "types"} <= rules(lint(model, tmp_path), "error")
+
+
 @needs_rtx
 def test_nonpad_kv_seqlen_reaches_no_layer() -> None:
     example = next(e for e in EXAMPLES if e.name == "length without padding")

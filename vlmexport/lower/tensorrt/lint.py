@@ -69,7 +69,7 @@ def require_clean(
 def _request(path: Path, profiles: tuple[ShapeProfile, ...], weights: frozenset[str]) -> Request:
     """The graph with its functions inlined and the types that ONNX infers."""
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from onnx import inliner
 
     try:
@@ -81,7 +81,7 @@ def _request(path: Path, profiles: tuple[ShapeProfile, ...], weights: frozenset[
     if model.functions:
         model = inliner.inline_local_functions(model)
     # Where it fails, the declared types remain, and the rule `types` says why.
-    with contextlib.suppress(onnx.shape_inference.InferenceError):
+    with contextlib.suppress(onnx.shape_inference.InferenceError, ValueError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import}
     return Request(model, path.parent, opsets, profiles, weights)

@@ -225,7 +225,9 @@ def rotary(site: Site) -> Iterator[Problem]:
 def dequantize_codes(site: Site) -> Iterator[Problem]:
     """Signed codes of a precision that the GPU takes, an even number of 4-bit ones."""
     dtype, shape = site.dtype(0), site.shape(0)
-    if dtype in (TensorProto.UINT4, TensorProto.UINT8, TensorProto.INT32):
+    producer = site.view.producers.get(site.input(0))
+    activations = producer is not None and producer.op_type == "QuantizeLinear"
+    if dtype in (TensorProto.UINT4, TensorProto.UINT8, TensorProto.INT32) and not activations:
         yield Problem(
             "error", f"DequantizeLinear of {type_name(dtype)}", "store signed codes (INT4, INT8), symmetric around 0"
         )
@@ -239,13 +241,13 @@ def dequantize_codes(site: Site) -> Iterator[Problem]:
             yield Problem("error", f"{count} INT4 codes, an odd number", "pad one axis to an even size")
 
 
-def dequantize_zero_point(site: Site) -> Iterator[Problem]:
+def zero_point(site: Site) -> Iterator[Problem]:
     """A zero point that is not a constant of zeros."""
     name = site.input(2)
     if not name:
         return
     if site.view.constant_tensor(name) is None:
-        yield Problem("error", f"DequantizeLinear computes its zero point {name}", "leave the zero point out")
+        yield Problem("error", f"the zero point {name} is no constant", "leave it out")
         return
     values = site.view.constant(name)
     if values is None:
@@ -253,7 +255,7 @@ def dequantize_zero_point(site: Site) -> Iterator[Problem]:
             "warning", f"the zero point {name} is in the external data and was not read", "leave the zero point out"
         )
     elif np.any(values.astype(np.int32) != 0):
-        yield Problem("error", "DequantizeLinear with a zero point other than 0", "quantize symmetrically")
+        yield Problem("error", f"the zero point {name} is not 0 throughout", "quantize symmetrically")
 
 
 def dequantize_scale(site: Site) -> Iterator[Problem]:
@@ -263,7 +265,7 @@ def dequantize_scale(site: Site) -> Iterator[Problem]:
         return
     axis, block = site.attributes.get("axis", 1), site.attributes.get("block_size", 0)
     axis += len(codes) if axis < 0 else 0
-    size = codes[axis] if axis < len(codes) else None
+    size = codes[axis] if 0 <= axis < len(codes) else None
     if not isinstance(size, int):
         return
     if len(scales) == 1:
@@ -298,6 +300,6 @@ RULES = (
     Rule("scatter-length", ("TensorScatter",), scatter_length),
     Rule("rotary", ("RotaryEmbedding",), rotary),
     Rule("quantized-codes", ("DequantizeLinear",), dequantize_codes),
-    Rule("zero-point", ("DequantizeLinear",), dequantize_zero_point),
+    Rule("zero-point", ("DequantizeLinear", "QuantizeLinear"), zero_point),
     Rule("quantized-scale", ("DequantizeLinear",), dequantize_scale),
 )

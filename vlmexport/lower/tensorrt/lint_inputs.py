@@ -51,7 +51,7 @@ def types(request: Request) -> Iterator[tuple[str, Problem]]:
     """Operands whose types do not fit together; ONNX's own inference names the first node."""
     try:
         onnx.shape_inference.infer_shapes(request.model, check_type=True)
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, ValueError) as error:
         line = " ".join(str(error).split())
         yield "graph", Problem("error", f"the types do not fit: {line}", "put a Cast in between")
 
@@ -107,7 +107,7 @@ def external_data(request: Request) -> Iterator[tuple[str, Problem]]:
         elif not path.is_file():
             yield tensor.name, Problem("error", f"the data file {location} is missing", "copy it beside the graph")
         else:
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            end = sum(int(entries[key]) for key in ("offset", "length") if entries.get(key, "").isdecimal())
             size = path.stat().st_size
             if end > size:
                 reason = f"the data of {tensor.name} ends at byte {end}, {location} has {size}"

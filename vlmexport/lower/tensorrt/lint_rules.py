@@ -105,14 +105,14 @@ def refused_type(site: Site) -> Iterator[Problem]:
 
 
 def uint8(site: Site) -> Iterator[Problem]:
-    """UINT8 anywhere but in a graph's inputs and outputs, next to a cast."""
+    """UINT8 anywhere but in a graph's inputs and outputs, beside a cast, and after QuantizeLinear."""
     node, view = site.node, site.view
     for name in node.input:
         if view.dtype(name) != TensorProto.UINT8 or view.constant_tensor(name) is not None:
             continue
         if node.op_type not in operators.READS_UINT8:
             yield Problem("error", f"{node.op_type} of the UINT8 {name}", "cast it to FLOAT16 or INT32 first")
-    for name in node.output:
+    for name in node.output if node.op_type != "QuantizeLinear" else ():
         if view.dtype(name) == TensorProto.UINT8 and name not in view.outputs:
             yield Problem("error", f"{name} is UINT8, which is no type of tensors inside a graph", "make it INT32")
 

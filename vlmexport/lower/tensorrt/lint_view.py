@@ -180,8 +180,9 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def type_name(dtype: int | None) -> str:
-    """``FLOAT16`` of 10."""
-    return "unknown" if dtype is None else str(onnx.TensorProto.DataType.Name(dtype))
+    """``FLOAT16`` of 10; ``type N`` of a number that ONNX has no name for."""
+    names = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    return "unknown" if dtype is None else names.get(dtype, f"type {dtype}")
 
 
 def subgraphs(attribute: onnx.AttributeProto) -> tuple[onnx.GraphProto, ...]:

@@ -95,8 +95,8 @@ READ_TYPES = frozenset(
         TensorProto.FLOAT4E2M1,
     }
 )
-# What may read a UINT8 tensor (an input of the graph): it is no type of intermediate tensors.
-READS_UINT8 = frozenset({"Cast", "Equal", "DequantizeLinear"})
+# What may read a UINT8 tensor: inputs of the graph, and what QuantizeLinear made for DequantizeLinear.
+READS_UINT8 = frozenset({"Cast", "Equal", "QuantizeLinear", "DequantizeLinear"})
 # What may read INT4 and INT8 initializers (scalars apart), and it must read them directly.
 READS_CODES = frozenset({"DequantizeLinear", "QuantizeLinear"})
 MAX_RANK = 8
