@@ -7,7 +7,9 @@ project, whose machines have no such GPU: the comparisons below are tested on a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -63,7 +65,7 @@ def check_engines(
         if not places:
             gate.not_run("engines/run", "decoder", "lowering", _why_none(built))
         for place in places:
-            damaged = _check_files(gate, artifact, specs, place, built)
+            damaged = _check_files(gate, artifact, specs, place)
             _check_runs(gate, artifact, embeds, place, damaged, hardware)
 
 
@@ -87,24 +89,33 @@ def _missing(artifact: Artifact, specs: tuple[EngineSpec, ...], built: Mapping[s
     return [f"{path.relative_to(artifact.path).as_posix()} is missing" for path in paths if not path.is_file()]
 
 
-def _check_files(
-    gate: Gate, artifact: Artifact, specs: tuple[EngineSpec, ...], place: str, built: Mapping[str, Any]
-) -> list[str]:
+def _check_files(gate: Gate, artifact: Artifact, specs: tuple[EngineSpec, ...], place: str) -> list[str]:
     """``engines/sidecar[place/name]`` for every engine of a place; the names of those that failed."""
     by_name = {spec.name: spec for spec in specs}
     there = (path.stem for path in (artifact.path / ENGINES_FOLDER / place).glob(f"*{ENGINE_SUFFIX}"))
+    usual = _usual_library(artifact, specs, place)
     failed = []
     for name in sorted(by_name.keys() | set(there)):
         spec = by_name.get(name)
-        faults = _file_faults(artifact, spec, place, name, built)
+        faults = _file_faults(artifact, spec, place, name, usual)
         part = spec.part if spec else "decoder"
         gate.verdict(f"engines/sidecar[{place}/{name}]", part, "lowering", faults, "faults")
         failed += [name] if faults else []
     return failed
 
 
+def _usual_library(artifact: Artifact, specs: tuple[EngineSpec, ...], place: str) -> tuple[str, str]:
+    """The library and version that most engines of a place are of; a script may have built all of them anew."""
+    found: Counter[tuple[str, str]] = Counter()
+    for spec in specs:
+        with suppress(ArtifactError):
+            said = Sidecar.read(engine_path(artifact.path, place, spec.name))
+            found[said.flavour, said.version] += 1
+    return found.most_common(1)[0][0] if found else ("", "")
+
+
 def _file_faults(
-    artifact: Artifact, spec: EngineSpec | None, place: str, name: str, built: Mapping[str, Any]
+    artifact: Artifact, spec: EngineSpec | None, place: str, name: str, usual: tuple[str, str]
 ) -> list[str]:
     """What is wrong with one engine, its sidecar and its graph, as far as files tell."""
     if spec is None:
@@ -128,9 +139,9 @@ def _file_faults(
         faults.append(f"{path.name} is the engine {said.spec.name} of {said.spec.part}, as its sidecar says")
     if [p.name for p in said.spec.profiles] != [p.name for p in spec.profiles]:
         faults.append(f"{path.name} has the profiles {[p.name for p in said.spec.profiles]}")
-    if place in built["places"] and (said.flavour, said.version) != (built["flavour"], built["version"]):
-        recorded = f"{built['flavour']} {built['version']}"
-        faults.append(f"{path.name} was built by {said.flavour} {said.version}; the manifest says {recorded}")
+    if (said.flavour, said.version) != usual:
+        others = " ".join(usual)
+        faults.append(f"{path.name} was built by {said.flavour} {said.version}, the others of {place} by {others}")
     return faults
 
 
