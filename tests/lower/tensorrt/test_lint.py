@@ -12,7 +12,8 @@ import pytest
 from onnx import numpy_helper
 
 from tests.lower.tensorrt.graphs import part_of, write_decoder
-from tests.lower.tensorrt.lint_examples import EXAMPLES, Example, dequantize, scatter, text, unary
+from tests.lower.tensorrt.lint_examples import EXAMPLES, Example
+from tests.lower.tensorrt.lint_graphs import dequantize, scatter, text, unary
 from vlmexport.engines import ShapeProfile, TrtLimits, decoder_profiles
 from vlmexport.errors import ArtifactError, UnsupportedModelError
 from vlmexport.lower.tensorrt import operators
