@@ -1,4 +1,4 @@
-"""Graphs of a node or two (`lint_graphs`), with what the lint must say of each and what TensorRT for RTX does with it."""
+"""Small graphs (of `lint_graphs`), with what the lint must say of each and what TensorRT for RTX does with it."""
 
 from __future__ import annotations
 
