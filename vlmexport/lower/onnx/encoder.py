@@ -18,7 +18,7 @@ from vlmexport.lower.onnx.masks import skip_empty_masks
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
 from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
 from vlmexport.lower.onnx.selection import keep_every_row
-from vlmexport.lower.onnx.simplify import forget_trace, share, simplify
+from vlmexport.lower.onnx.simplify import forget_trace, share, simplify, split_gemms
 from vlmexport.lower.onnx.standard_attention import neutral_attention, standard_attention
 from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
@@ -62,6 +62,7 @@ def lower_vision(
     simplify(graph_model)
     if dialect == "tensorrt":
         keep_every_row(graph_model, part)
+        split_gemms(graph)
     forget_trace(graph)
     expand_repeats(graph, repeats, parameters)
     if dialect == "ort":
@@ -74,7 +75,7 @@ def lower_vision(
     if precision.arithmetic == "fp16":
         half_products(graph, halves)
     if dialect == "tensorrt":
-        standard_attention(graph, _image_encoder(model), part, half=precision.arithmetic == "fp16")
+        standard_attention(graph, model, _image_encoder(model), part, half=precision.arithmetic == "fp16")
         share(graph_model)
     _sign(graph, part)
     graph_model.ir_version = _IR_VERSION
@@ -109,15 +110,19 @@ def _trace(model: nn.Module, part: Part, opset: int, dialect: Dialect, *, repeat
         stack.enter_context(_empty_fp32_weights(part))
         encoder = _image_encoder(model)
         repeats = stack.enter_context(repeated_layers(model, encoder)) if repeat and encoder is not None else Repeats()
-        program: Any = torch.onnx.export(
-            _Positional(part.module, tuple(spec.name for spec in specs)),
-            tensors,
-            dynamic_shapes={"tensors": shapes},
-            dynamo=True,
-            optimize=False,
-            opset_version=opset,
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                _Positional(part.module, tuple(spec.name for spec in specs)),
+                tensors,
+                dynamic_shapes={"tensors": shapes},
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise UnsupportedModelError(f"{part.role}: torch.export cannot trace it: {reason}") from error
     traced: ir.Model = program.model
     local = {name for name, _ in part.module.named_parameters()}
     for value in [v for v in traced.graph.initializers.values() if v.name in local]:
@@ -189,7 +194,7 @@ def _fused_attention(model: Any, dialect: Dialect) -> Any:
     if not hasattr(encoder, "set_attn_implementation"):
         return nullcontext()
     if dialect == "tensorrt":
-        return neutral_attention(encoder)
+        return neutral_attention(model, encoder)
     return attention_implementation(encoder, "vlmexport_vision", _attend)
 
 

@@ -60,7 +60,7 @@ def expand_repeats(graph: ir.Graph, repeats: Repeats, parameters: Mapping[str, t
             if kind not in regions:
                 regions[kind] = _find_region(graph, kind, repeats.paths[kind])
             paths = (repeats.paths[kind], repeats.paths[layer])
-            _copy_region(graph, node, regions[kind], _renamed(graph, values, paths, parameters))
+            _copy_region(graph, node, regions[kind], _renamed(graph, values, paths, parameters), paths)
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type in ("LayerIn", "LayerOut") and node.inputs[0] is not None:
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0], replace_graph_outputs=True)
@@ -175,7 +175,10 @@ def _renamed(
     return found
 
 
-def _copy_region(graph: ir.Graph, place: ir.Node, region: _Region, new: dict[ir.Value, ir.Value]) -> None:
+def _copy_region(
+    graph: ir.Graph, place: ir.Node, region: _Region, new: dict[ir.Value, ir.Value], paths: tuple[str, str]
+) -> None:
+    """Put the region, with the values of `new`, in front of `place`; paths in its attributes become the layer's."""
     layer = place.attributes["layer"].as_int()
     if place.inputs[0] is None:
         raise ValueError("a repeated layer has no input")
@@ -183,8 +186,16 @@ def _copy_region(graph: ir.Graph, place: ir.Node, region: _Region, new: dict[ir.
     for node in region.nodes:
         inputs = [None if v is None else new.get(v, v) for v in node.inputs]
         outputs = [ir.Value(name=f"{v.name}.{layer}", type=v.type, shape=v.shape) for v in node.outputs]
-        copy = ir.Node(node.domain, node.op_type, inputs, tuple(node.attributes.values()), outputs=outputs)
+        attributes = [_moved(a, *paths) for a in node.attributes.values()]
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs)
         graph.insert_before(place, copy)
         new.update(zip(node.outputs, outputs, strict=True))
     ir.convenience.replace_all_uses_with(place.outputs[0], new[region.end], replace_graph_outputs=True)
     graph.remove(place, safe=True)
+
+
+def _moved(attribute: ir.Attr, template: str, layer: str) -> ir.Attr:
+    """`attribute`, or the path of the layer's own module where it names one of the template's."""
+    if attribute.type != ir.AttributeType.STRING or not attribute.as_string().startswith(f"{template}."):
+        return attribute
+    return ir.AttrString(attribute.name, layer + attribute.as_string().removeprefix(template))

@@ -44,3 +44,20 @@ def share(model: ir.Model) -> None:
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     RemoveUnusedOpsetsPass()(model)
+
+
+def split_gemms(graph: ir.Graph) -> None:
+    """``Gemm(x, w, b)`` with w transposed, as a trace says a linear layer of rows, becomes ``MatMul`` and ``Add``."""
+    for node in list(graph):
+        plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+        if node.op_type != "Gemm" or not plain or node.attributes.get_int("transA") or len(node.inputs) < 3:
+            continue
+        x, weight, bias = node.inputs[:3]
+        steps = [ir.node("Transpose", [weight], {"perm": [1, 0]})] if node.attributes.get_int("transB") else []
+        steps.append(ir.node("MatMul", [x, steps[0].outputs[0] if steps else weight]))
+        steps.append(ir.node("Add", [steps[-1].outputs[0], bias]))
+        for step in steps:
+            step.outputs[0].type = node.outputs[0].type
+        graph.insert_before(node, steps)
+        ir.convenience.replace_all_uses_with(node.outputs[0], steps[-1].outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)

@@ -6,12 +6,14 @@ FP32), but for layers whose values or scores come near FP16's range or lose much
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.neutral import DOMAIN
@@ -27,13 +29,24 @@ _SAFE = FP16_MAX / 16
 _ROUNDING = 2e-3
 
 
-def neutral_attention(encoder: Any) -> AbstractContextManager[None]:
-    """Within, the encoder's attention emits one neutral node a layer, with a mask of booleans where there is one."""
-    return attention_implementation(encoder, "vlmexport_image", _attend)
+def neutral_attention(model: nn.Module, encoder: Any) -> AbstractContextManager[None]:
+    """Within, attention of the encoder of `model` emits one neutral node a layer, which names the layer's module."""
+    paths = {module: path for path, module in model.named_modules()}
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return _attend(module, paths[module], *args, **kwargs)
+
+    return attention_implementation(encoder, "vlmexport_image", attend)
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    module: nn.Module,
+    path: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Emit the node for q ``[B, N, S, D]`` and k, v ``[B, M, S, D]``; the result is ``[B, S, N, D]``."""
     if attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
@@ -42,7 +55,7 @@ def _attend(
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{_NEUTRAL}",
         inputs,
-        {"scale": _scale(query, kwargs)},
+        {"scale": _scale(query, kwargs), "module": path},
         dtype=query.dtype,
         shape=[*query.shape[:3], value.shape[3]],
         version=1,
@@ -55,20 +68,13 @@ def _scale(query: torch.Tensor, kwargs: dict[str, Any]) -> float:
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def standard_attention(graph: ir.Graph, encoder: Any, part: Part, *, half: bool) -> tuple[bool, ...]:
-    """Turn every neutral node into a standard ``Attention``; returns which of them compute in FP16, in graph order.
-
-    With `half` those are all that `exact_in_half` allows; without, none.
-    """
+def standard_attention(graph: ir.Graph, model: nn.Module, encoder: Any, part: Part, *, half: bool) -> None:
+    """Turn every neutral node into a standard ``Attention``, in FP16 where `half` and `exact_in_half` allow it."""
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == _NEUTRAL]
-    if not nodes:
-        return ()
-    calls = exact_in_half(encoder, part) if half else [False]
-    chosen = tuple(calls) if len(calls) == len(nodes) else (all(calls),) * len(nodes)
+    exact = exact_in_half(model, encoder, part) if nodes and half else frozenset[str]()
     masks: dict[tuple[ir.Value, bool], ir.Value] = {}
-    for node, narrow in zip(nodes, chosen, strict=True):
-        _replace(graph, node, masks, narrow)
-    return chosen
+    for node in nodes:
+        _replace(graph, node, masks, node.attributes["module"].as_string() in exact)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, bool], ir.Value], narrow: bool) -> None:
@@ -125,44 +131,47 @@ def _cast(graph: ir.Graph, place: ir.Node, value: ir.Value, kind: ir.DataType) -
     return cast.outputs[0]
 
 
-def exact_in_half(encoder: Any, part: Part) -> list[bool]:
-    """For each call of attention in `part`, whether FP16 queries, keys and values are as good as FP32 on the examples.
+def exact_in_half(model: nn.Module, encoder: Any, part: Part) -> frozenset[str]:
+    """Paths of the attention modules of which FP16 queries, keys and values are as good as FP32 on `part`'s examples.
 
     They are when neither they nor the scores exceed a sixteenth of FP16's range, and the result of the rounded ones
     differs by no more than `_ROUNDING` of its largest value.
     """
-    exact: list[bool] = []
-    for example in part.examples:
-        watch = _Watch()
-        with attention_implementation(encoder, "vlmexport_image_look", watch.attend), torch.no_grad():
+    watch = _Watch()
+    with attention_implementation(encoder, "vlmexport_image_look", watch.attend), torch.no_grad():
+        for example in part.examples:
             part.module(**example)
-        exact = [a and b for a, b in zip(exact, watch.exact, strict=True)] if exact else watch.exact
-    return exact
+    return frozenset(path for path, module in model.named_modules() if watch.exact.get(module, False))
 
 
 @dataclass
 class _Watch:
-    """Computes attention as transformers does, and notes of each call whether FP16 would do."""
+    """Computes attention as transformers does, and notes of each module whether FP16 would always do."""
 
-    exact: list[bool] = field(default_factory=list)
+    exact: dict[nn.Module, bool] = field(default_factory=dict)
 
     def attend(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        wide, scores = _attention(query, key, value, mask, _scale(query, kwargs))
-        rounded, _ = _attention(query.half(), key.half(), value.half(), mask, _scale(query, kwargs))
-        peak = max(float(t.abs().max()) for t in (query, key, value, scores))
-        error = float((wide - rounded).abs().max() / wide.abs().max().clamp_min(1e-12))
-        self.exact.append(peak <= _SAFE and error <= _ROUNDING)
-        return wide.to(query.dtype).transpose(1, 2), None
+        """Result ``[B, S, N, D]`` of q ``[B, N, S, D]`` and k, v ``[B, M, S, D]``."""
+        batch, heads, length, _ = query.shape
+        groups, scale = heads // key.shape[1], _scale(query, kwargs)
+        out = torch.empty(batch, length, heads, value.shape[3])
+        peak, error = 0.0, 0.0
+        # One head of one picture at a time: all their scores together can be gigabytes.
+        for b, n in itertools.product(range(batch), range(heads)):
+            wide = [query[b, n].float(), key[b, n // groups].float(), value[b, n // groups].float()]
+            bias = 0.0 if mask is None else mask.expand(batch, heads, -1, -1)[b, n].float()
+            out[b, :, n], scores = _attention(wide, bias, scale)
+            rounded, _ = _attention([t.half().float() for t in wide], bias, scale)
+            peak = max(peak, *(float(t.abs().max()) for t in (*wide, scores)))
+            error = max(error, float((rounded - out[b, :, n]).abs().max()))
+        narrow = peak <= _SAFE and error <= _ROUNDING * float(out.abs().max())
+        self.exact[module] = narrow and self.exact.get(module, True)
+        return out.to(query.dtype), None
 
 
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Result and scores (before the mask) in FP32, all ``[B, N, S, ...]``."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.float().repeat_interleave(groups, dim=1) for t in (key, value))
-    scores = query.float() @ key.transpose(2, 3) * scale
-    hidden = scores if mask is None else scores + mask.float()
-    return hidden.softmax(dim=-1) @ value, scores
+def _attention(qkv: list[torch.Tensor], bias: Any, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and scores, before the bias, of one head."""
+    scores = qkv[0] @ qkv[1].t() * scale
+    return (scores + bias).softmax(dim=-1) @ qkv[2], scores
