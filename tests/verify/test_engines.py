@@ -124,6 +124,19 @@ def test_wrong_numbers_of_one_engine_turn_its_checks_red(artifact, name, red):
     assert "failed" in checks["engines/run[sm80]"].reason
 
 
+@pytest.mark.parametrize(
+    ("where", "red"),
+    [
+        ({"wrong_profile": 1}, {"decode[sm80]", "ragged_batch[sm80]"}),
+        ({"wrong_rows": 2}, {"ragged_batch[sm80]"}),
+    ],
+)
+def test_wrong_steps_and_wrong_batches_have_checks_of_their_own(artifact, where, red):
+    write_engine(artifact, spec_of(artifact), factor=1.01, **where)
+    failed = {name for name, status in statuses(judged(artifact, machine())).items() if status == "failed"}
+    assert failed == {f"engines/{name}" for name in (*red, "run[sm80]")}
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_turn_red(artifact, factor):
     write_engine(artifact, spec_of(artifact), factor=factor)
