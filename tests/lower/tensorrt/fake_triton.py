@@ -149,7 +149,9 @@ class Server:
             path = self.root / model / "1" / config.default_model_filename
             if config.platform == "tensorrt_plan":
                 path = Path(json.loads(path.read_bytes())["graph"])
-            self._runners[model] = onnxruntime.InferenceSession(path)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            self._runners[model] = onnxruntime.InferenceSession(path, options)
         return self._runners[model]
 
     def _python(self, model: str, config: Any) -> Any:
