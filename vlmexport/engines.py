@@ -37,12 +37,20 @@ class TrtLimits:
     """The sizes that engines are built for.
 
     `max_batch`: sequences at once; `max_seq`: tokens of one sequence, prompt and answer, which is the static cache's
-    length; `max_images`: images, or tiles of images, that the vision encoder takes at once.
+    length; `max_images`: images, or tiles of images, that the vision encoder takes at once; `max_prompt`: new tokens of
+    every row in one call (0: as many as the cache takes). A longer prompt goes through in several calls, so a smaller
+    number costs little time and saves the workspace that grows with it.
     """
 
     max_batch: int
     max_seq: int
     max_images: int
+    max_prompt: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """New tokens of every row in one call."""
+        return min(self.max_prompt or self.max_seq, self.max_seq)
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,10 @@ _USUAL_PROMPT = 512
 
 
 def decoder_profiles(part: PartFile, limits: TrtLimits) -> tuple[ShapeProfile, ShapeProfile]:
-    """``prefill`` (prompts up to the cache's length) and ``decode`` (one token of every row)."""
+    """``prefill`` (prompts up to ``limits.prompt`` tokens a call) and ``decode`` (one token of every row)."""
     batch = (1, 1, limits.max_batch)
-    prompt = (1, min(_USUAL_PROMPT, limits.max_seq), limits.max_seq)
-    kept = (1, 1, min(MAX_KEPT, limits.max_seq))
+    prompt = (1, min(_USUAL_PROMPT, limits.prompt), limits.prompt)
+    kept = (1, 1, min(MAX_KEPT, limits.prompt))
     one = (1, 1, 1)
     return (
         ShapeProfile.of("prefill", part, {"batch_size": batch, "sequence_length": prompt, "kept_length": kept}),
@@ -117,7 +125,7 @@ def engine_specs(
 
     `vision_axes` are the ranges of the symbolic axes of the vision encoder and the projector.
     """
-    text = (1, min(_USUAL_PROMPT, limits.max_seq), limits.max_seq)
+    text = (1, min(_USUAL_PROMPT, limits.prompt), limits.prompt)
     ranges: dict[str, Mapping[str, AxisRange]] = {
         "vision_encoder": vision_axes,
         "projector": vision_axes,
@@ -300,7 +308,7 @@ def graph_files(onnx_path: Path) -> tuple[str, ...]:
     Raises `ArtifactError` when the graph cannot be read, or names data that is missing or outside its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     folder = onnx_path.parent.resolve()
     try:

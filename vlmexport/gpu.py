@@ -61,20 +61,6 @@ class Gpu:
             )
 
 
-@dataclass(frozen=True)
-class GpuRow:
-    """One row of ``--gpu list``, as text; `names` are the name and the aliases."""
-
-    names: str
-    title: str
-    compute_capability: str
-    memory: str
-    bandwidth: str
-    fp16: str
-    weights: str
-    backend: str
-
-
 def gpu_names() -> list[str]:
     """Names of the profiles that ship with the package, without their aliases."""
     return [gpu.name for gpu in all_gpus()]
@@ -143,23 +129,6 @@ def parse_gpu(data: dict[str, Any], origin: str) -> Gpu:
     numbers = {field: _number(data.pop(key), key, origin) for key, (field, *_) in _NUMBERS.items()}
     numbers["memory"] = round(numbers["memory"])
     return Gpu(**{**data, **numbers, "aliases": tuple(data["aliases"]), "weights": weights})
-
-
-def gpu_table() -> tuple[GpuRow, ...]:
-    """The rows of ``--gpu list``: what each GPU has, and which of NVIDIA's two TensorRTs builds for it, and where."""
-    return tuple(
-        GpuRow(
-            names=", ".join((gpu.name, *gpu.aliases)),
-            title=gpu.title,
-            compute_capability=gpu.compute_capability,
-            memory=f"{gpu.memory / 1e9:g} GB" + (" shared" if gpu.shared_memory else ""),
-            bandwidth=f"{gpu.bandwidth / 1e9:g} GB/s",
-            fp16=f"{gpu.fp16_flops / 1e12:g} TFLOPS",
-            weights=", ".join(gpu.weights),
-            backend=f"RTX here ({gpu.rtx}), or TensorRT there" if gpu.rtx else "TensorRT there",
-        )
-        for gpu in all_gpus()
-    )
 
 
 def _check_keys(data: dict[str, Any], origin: str) -> None:

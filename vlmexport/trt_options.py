@@ -12,10 +12,12 @@ from vlmexport.quantize.scheme import DEFAULT_ALGORITHM, PER_CHANNEL, QuantSchem
 from vlmexport.trt_schemes import BLOCKS
 
 Backend: TypeAlias = Literal["auto", "rtx", "trt", "script"]
+Triton: TypeAlias = Literal["tensorrt", "onnxruntime"]
 TARGET = "tensorrt"
 # Precisions that ``--quant`` names beside the algorithms.
 PRECISIONS = ("fp16", "int4", "int8")
 USUAL_LENGTH = 4096
+USUAL_PROMPT = 2048
 _INT8_BITS = 8
 
 
@@ -24,11 +26,12 @@ class TrtOptions:
     """The choices of ``vlmexport trt``.
 
     `onnx` are those of the graphs. `gpu` is a profile's name, or an alias of it. `max_seq` None: `USUAL_LENGTH`, or as
-    much as the model's positions allow. `max_images` None: as many tiles as the model's own
-    processor makes of one picture. `engines`: True asks for them (it is an error where they cannot be built), False
-    leaves them out, None builds what can be built here. `portable` builds one RTX engine for all of its architectures.
-    `two_decoders` makes an engine each of prefill and decode instead of one with two profiles. `group_named` says that
-    the user asked for the group size: it does not give way to a model whose widths it does not divide.
+    much as the model's positions allow. `max_images` None: as many tiles as the model's own processor makes of one
+    picture. `max_prompt` None: `USUAL_PROMPT` new tokens in a call. `engines`: True asks for them (it is an error where
+    they cannot be built), False leaves them out, None builds what can be built here. `triton` is the backend of a
+    Triton repository, None for none. `portable` builds one RTX engine for all of its architectures. `two_decoders`
+    makes an engine each of prefill and decode instead of one with two profiles. `group_named` says that the user asked
+    for the group size: it does not give way to a model whose widths it does not divide.
     """
 
     onnx: OnnxOptions
@@ -37,8 +40,9 @@ class TrtOptions:
     max_batch: int = 1
     max_seq: int | None = None
     max_images: int | None = None
+    max_prompt: int | None = None
     engines: bool | None = None
-    triton: bool = False
+    triton: Triton | None = None
     portable: bool = False
     two_decoders: bool = False
     group_named: bool = False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
-from vlmexport.engines import EngineSpec, engine_specs
+from vlmexport.engines import EngineSpec, ShapeProfile, engine_specs
 from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.pipeline import load_and_split
 from vlmexport.progress import Progress
@@ -101,20 +101,22 @@ def _write(
     emitted: Emitted = emitter("onnx", "tensorrt")(vlm, split, plan.export, target, weights, folder, progress)
     specs = engine_specs(emitted.parts, plan.limits, plan.vision_axes, split_decoder=plan.options.two_decoders)
     with progress.stage("lint"):
-        _lint(folder, emitted, specs)
+        _lint(folder, emitted, specs, plan.gpu.weights)
     built = _build(folder, emitted, specs, plan, progress)
     facts = {"tensorrt": _facts(plan, specs, built)}
     with progress.stage("package"):
-        _write_tools(folder, emitted, specs, plan, facts["tensorrt"])
+        _write_tools(folder, vlm, split, emitted, specs, plan, facts["tensorrt"])
         return package(vlm, split, plan.export, target, emitted, folder, calibrated, facts=facts, card=trt_card), built
 
 
-def _lint(folder: Path, emitted: Emitted, specs: Iterable[EngineSpec]) -> None:
+def _lint(folder: Path, emitted: Emitted, specs: Iterable[EngineSpec], weights: tuple[str, ...]) -> None:
     from vlmexport.lower.tensorrt.lint import require_clean
 
-    profiles = {spec.part: spec.profiles for spec in specs}
+    profiles: dict[str, tuple[ShapeProfile, ...]] = {}
+    for spec in specs:
+        profiles[spec.part] = (*profiles.get(spec.part, ()), *spec.profiles)
     for role, part in emitted.parts.items():
-        require_clean(folder / part.file, profiles[role])
+        require_clean(folder / part.file, profile=profiles[role], weights=weights)
 
 
 def _build(
@@ -143,12 +145,18 @@ def _facts(plan: TrtPlan, specs: Iterable[EngineSpec], built: tuple[BuiltEngine,
             "places": places,
             "reason": plan.engines.reason,
         },
-        "prediction": plan.prediction.to_dict(),
+        "prediction": {**plan.prediction.to_dict(), "lines": plan.prediction.lines()},
     }
 
 
 def _write_tools(
-    folder: Path, emitted: Emitted, specs: tuple[EngineSpec, ...], plan: TrtPlan, facts: dict[str, Any]
+    folder: Path,
+    vlm: VLM,
+    split: Split,
+    emitted: Emitted,
+    specs: tuple[EngineSpec, ...],
+    plan: TrtPlan,
+    facts: dict[str, Any],
 ) -> None:
     """The scripts for the machine with the GPU and, when asked for, the Triton repository."""
     from vlmexport.lower.tensorrt.script import write_build_scripts
@@ -156,7 +164,15 @@ def _write_tools(
 
     write_build_scripts(folder, facts, emitted.parts, specs, plan.gpu)
     if plan.options.triton:
-        write_triton(folder, emitted.parts, specs, plan.gpu)
+        write_triton(
+            folder,
+            emitted.parts,
+            specs,
+            plan.limits,
+            plan.options.triton,
+            merge=split.merge,
+            eos_token_ids=vlm.facts.eos_token_ids,
+        )
 
 
 def _verify(

@@ -14,10 +14,10 @@ from vlmexport.quantize.registry import IMPORTED
 from vlmexport.quantize.scheme import PER_CHANNEL, make_scheme
 from vlmexport.split.parts import Role
 from vlmexport.target import load_target
-from vlmexport.trt_options import TARGET, USUAL_LENGTH, TrtOptions
-from vlmexport.trt_prediction import ModelSizes, Prediction, check_fits, predict
+from vlmexport.trt_options import TARGET, USUAL_LENGTH, USUAL_PROMPT, TrtOptions
+from vlmexport.trt_prediction import ModelSizes, Prediction, check_fits
 from vlmexport.trt_schemes import fitting_block
-from vlmexport.trt_shapes import images_of_a_picture, vision_axes
+from vlmexport.trt_shapes import images_of_a_picture, patches_of_an_image, vision_axes
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -70,20 +70,13 @@ def check_trt_options(options: TrtOptions, rtx_version: str | None) -> tuple[Gpu
     gpu = load_gpu(options.gpu)
     check_options(options.onnx, load_target(TARGET))
     asked = (("--max-batch", options.max_batch, 1), ("--max-seq", options.max_seq, 2))
-    for name, value, least in (*asked, ("--max-images", options.max_images, 1)):
+    more = (("--max-images", options.max_images, 1), ("--max-prompt", options.max_prompt, 1))
+    for name, value, least in (*asked, *more):
         if value is not None and value < least:
             raise BadInputError(f"{name} is {value}; it must be {least} or more")
     if options.onnx.scheme is not None:
-        _check_weights(gpu, f"int{options.onnx.scheme.bits}")
+        gpu.check_weights(f"int{options.onnx.scheme.bits}")
     return gpu, decide_engines(options, gpu, rtx_version)
-
-
-def _check_weights(gpu: Gpu, weights: str) -> None:
-    if weights not in gpu.weights:
-        raise BadInputError(
-            f"{gpu.title} ({gpu.name}, compute capability {gpu.compute_capability}) takes no {weights.upper()} "
-            f"weights: {gpu.refused[weights]}; choose --quant {' or '.join(reversed(gpu.weights))}"
-        )
 
 
 def decide_engines(options: TrtOptions, gpu: Gpu, rtx_version: str | None) -> EngineDecision:
@@ -114,12 +107,13 @@ def decide_engines(options: TrtOptions, gpu: Gpu, rtx_version: str | None) -> En
 
 def _decide_tensorrt(options: TrtOptions, gpu: Gpu) -> EngineDecision:
     """TensorRT proper: only with its bindings and the very GPU in this machine."""
-    from vlmexport.runtime.tensorrt.bindings import gpu_status, installed_flavours
+    from vlmexport.runtime.tensorrt.bindings import installed_flavours
+    from vlmexport.runtime.tensorrt.cuda import gpu_status
 
     status, version = gpu_status(), installed_flavours().get("trt")
     if version is None:
         reason = "TensorRT proper is not installed here, and builds on the GPU itself: run build_engines.sh there"
-    elif not status.available:
+    elif not status.present:
         reason = f"TensorRT {version} needs the GPU to build for, and {status.reason}: run build_engines.sh there"
     elif status.compute_capability != gpu.compute_capability:
         reason = (
@@ -143,13 +137,14 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
     options = settle_options(vlm, split, options)
     export = plan_export(vlm, split, load_target(TARGET), options.onnx)
     for bits in sorted({scheme.bits for scheme in export.schemes.values()}):
-        _check_weights(gpu, f"int{bits}")
+        gpu.check_weights(f"int{bits}")
     images = options.max_images or images_of_a_picture(vlm, split)
-    limits = TrtLimits(options.max_batch, _length(options), images)
-    sizes = ModelSizes.of(export, vlm.facts)
-    check_fits(gpu, sizes, limits)
-    axes = vision_axes(split, limits)
-    return TrtPlan(export, options, gpu, limits, axes, predict(gpu, sizes, limits), engines)
+    length = _length(options)
+    limits = TrtLimits(options.max_batch, length, images, min(options.max_prompt or USUAL_PROMPT, length))
+    patches = patches_of_an_image(vlm, split)
+    sizes = ModelSizes.from_plan(export, vlm, patches, two_decoders=options.two_decoders)
+    prediction = check_fits(gpu, sizes, limits)
+    return TrtPlan(export, options, gpu, limits, vision_axes(split, limits), prediction, engines)
 
 
 def settle_options(vlm: VLM, split: Split, options: TrtOptions) -> TrtOptions:

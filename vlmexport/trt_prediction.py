@@ -266,24 +266,25 @@ def available_bytes(gpu: Gpu) -> int:
 def workspace_bytes(sizes: ModelSizes, limits: TrtLimits) -> int:
     """Bytes that engines need for activations at their largest profile, and callers for embeddings and logits.
 
-    Decoder: for every token of the longest prompt of every row two booleans for each slot of the cache (the mask and
-    what it is made of), a float32 and a float16 row as wide as the model and three float16 rows as wide as the MLP;
+    Decoder: for every token that one call takes of every row's prompt two booleans for each slot of the cache (the mask
+    and what it is made of), a float32 and a float16 row as wide as the model and three float16 rows as wide as the MLP;
     that is 1.05 to 1.21 times what RTX's builder said of decoders with two layers and more. Encoder: four float16 rows
     as wide as its MLP for every patch, 1.0 to 1.8 times what it said of SigLIP's and CLIP's shapes (masks between
     patches are not counted). Both have `SCRATCH_BYTES` on top.
     """
-    tokens, patches = limits.max_batch * limits.max_seq, limits.max_images * sizes.patches
+    tokens, patches = limits.max_batch * limits.prompt, limits.max_images * sizes.patches
     decoder = tokens * (2 * limits.max_seq + 3 * _HALF * (sizes.hidden + sizes.intermediate)) + SCRATCH_BYTES
     vision = patches * 4 * _HALF * sizes.vision_width + SCRATCH_BYTES
-    logits = limits.max_batch * min(MAX_KEPT, limits.max_seq) * sizes.vocab * _FLOAT
+    logits = limits.max_batch * min(MAX_KEPT, limits.prompt) * sizes.vocab * _FLOAT
     return decoder + vision + tokens * sizes.hidden * _HALF + logits
 
 
 def _workspace_formula(s: ModelSizes, limits: TrtLimits) -> str:
-    batch, length = limits.max_batch, limits.max_seq
+    batch, length = limits.max_batch, limits.prompt
     return (
-        f"{batch} x {length} tokens x (2 x {length} mask + 6 x ({s.hidden} + {s.intermediate}) activations + "
-        f"2 x {s.hidden} embeddings) bytes + {limits.max_images} x {s.patches} patches x 8 x {s.vision_width} bytes + "
+        f"{batch} x {length} tokens a call x (2 x {limits.max_seq} mask + 6 x ({s.hidden} + {s.intermediate}) "
+        f"activations + 2 x {s.hidden} embeddings) bytes + {limits.max_images} x {s.patches} patches x 8 x "
+        f"{s.vision_width} bytes + "
         f"logits {batch} x {min(MAX_KEPT, length)} x {s.vocab} x 4 bytes + 2 x {_size(SCRATCH_BYTES)} scratch"
     )
 
@@ -337,8 +338,8 @@ def check_fits(gpu: Gpu, sizes: ModelSizes, limits: TrtLimits) -> Prediction:
     if prediction.fits:
         return prediction
     need = (
-        f"--max-batch {limits.max_batch} --max-seq {limits.max_seq} need {_size(prediction.total)} "
-        f"({_size(prediction.weights)} weights, {_size(prediction.kv_cache)} KV cache, "
+        f"--max-batch {limits.max_batch} --max-seq {limits.max_seq} (--max-prompt {limits.prompt}) need "
+        f"{_size(prediction.total)} ({_size(prediction.weights)} weights, {_size(prediction.kv_cache)} KV cache, "
         f"{_size(prediction.workspace)} workspace, {_size(prediction.runtime)} CUDA context), {gpu.name} has "
         f"{_size(gpu.memory)} ({_size(prediction.available)} usable)"
     )

@@ -8,6 +8,7 @@ from vlmexport.engines import AxisRange, TrtLimits
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.examples import draw_picture, example_inputs, load_processor
 from vlmexport.split.parts import Role
+from vlmexport.trt_prediction import patches_per_image
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -34,6 +35,18 @@ def images_of_a_picture(vlm: VLM, split: Split) -> int:
     except UnsupportedModelError:
         return seen
     return max(seen, *(int(inputs[name].shape[axis]) for inputs in made))
+
+
+def patches_of_an_image(vlm: VLM, split: Split) -> int:
+    """Patches of one image (one tile): by the config, or as the split's examples had them where sizes vary."""
+    fixed = patches_per_image(vlm.model.config)
+    if fixed:
+        return fixed
+    sizes = vision_sizes(split)
+    patches, counts = sizes.get("num_patches"), sizes.get(_IMAGES)
+    if patches is None:
+        return 0
+    return max(-(-size // count) for size, count in zip(patches, counts or [1] * len(patches), strict=True))
 
 
 def vision_sizes(split: Split) -> dict[str, list[int]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmexport.calibrate.recipe import CalibrationOptions
     from vlmexport.pipeline import ExportResult
     from vlmexport.plan import OnnxOptions
+    from vlmexport.trt_pipeline import TrtResult
     from vlmexport.verify.result import ParityReport
 
 
@@ -75,7 +76,7 @@ def command(
         print_and_judge(result.report, console)
 
 
-def result_data(result: ExportResult) -> dict[str, Any]:
+def result_data(result: ExportResult | TrtResult) -> dict[str, Any]:
     """The ``--json`` keys of an export."""
     manifest = result.artifact.manifest
     return {
@@ -90,7 +91,7 @@ def result_data(result: ExportResult) -> dict[str, Any]:
     }
 
 
-def print_result(result: ExportResult, console: Console) -> None:
+def print_result(result: ExportResult | TrtResult, console: Console) -> None:
     """Where the export is, what is in it, and what the calibration has to say."""
     from rich.markup import escape
     from rich.table import Table

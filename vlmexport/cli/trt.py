@@ -42,13 +42,24 @@ def _list_gpus(context: click.Context, _parameter: click.Parameter, value: str) 
     from rich.console import Console
     from rich.table import Table
 
-    from vlmexport.gpu import gpu_table
+    from vlmexport.gpu import all_gpus
 
-    columns, *rows = gpu_table()
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+    table = Table("--gpu", "CUDA", box=None, pad_edge=False)
+    for name in ("GB", "GB/s", "FP16 TFLOPS"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("weights", "engines by RTX"):
+        table.add_column(name, no_wrap=True)
+    for gpu in all_gpus():
+        memory = f"{gpu.memory / 1e9:g}" + ("*" if gpu.shared_memory else "")
+        rates = f"{gpu.bandwidth / 1e9:g}", f"{gpu.fp16_flops / 1e12:g}"
+        weights = " ".join(gpu.weights)
+        table.add_row(gpu.name, gpu.compute_capability, memory, *rates, weights, f"here, {gpu.rtx}" if gpu.rtx else "-")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        "By data sheets; FP16 dense, on tensor cores. * shared with the CPU. TensorRT proper builds on each of them."
+    )
+    console.print("`a100` means a100-80, `agx-orin` agx-orin-64; other aliases are in targets/trt/*.toml.")
     context.exit(0)
 
 
@@ -91,6 +102,10 @@ _OPTIONS = (
         help="Tokens of one sequence, prompt and answer: the length of the static KV cache.",
     ),
     click.option(
+        "--max-prompt", type=int, default=None, show_default="2048, or the cache's length", metavar="N",
+        help="New tokens of a sequence in one call; longer prompts go through in several. The workspace grows with it.",
+    ),
+    click.option(
         "--max-images", type=int, default=None, show_default="as many as the processor makes of one picture",
         metavar="N", help="Images, or tiles of images, that the vision encoder takes at once.",
     ),
@@ -112,9 +127,18 @@ _OPTIONS = (
         help="An engine each for prompts and for single tokens, instead of one with two profiles.",
     ),
     click.option(
-        "--triton", is_flag=True, show_default="off",
-        help="Write a Triton model repository, too, for engines that build_engines.sh makes with TensorRT proper.",
+        "--triton", type=click.Choice(["tensorrt", "onnxruntime"]), is_flag=False, flag_value="tensorrt", default=None,
+        show_default="none", metavar="[BACKEND]",
+        help="Write a Triton model repository, too: for engines that build_engines.sh makes with TensorRT proper, or "
+        "(`onnxruntime`) for the ONNX files.",
     ),
+)  # fmt: skip
+
+
+# Options that are fields of `TrtOptions`.
+_PASSED_ON = (
+    "gpu", "backend", "max_batch", "max_seq", "max_images", "max_prompt", "engines", "triton", "portable",
+    "two_decoders",
 )  # fmt: skip
 
 
@@ -131,18 +155,7 @@ def trt_choices(function: Command) -> Command:
             requantize=values.pop("requantize"),
             scheme_named=bool(given("quant", "bits", "group_size", "clip")),
         )
-        names = (
-            "gpu",
-            "backend",
-            "max_batch",
-            "max_seq",
-            "max_images",
-            "engines",
-            "triton",
-            "portable",
-            "two_decoders",
-        )
-        chosen = {name: values.pop(name) for name in names}
+        chosen = {name: values.pop(name) for name in _PASSED_ON}
         return function(*args, options=TrtOptions(onnx, **chosen, group_named=size is not None), **values)
 
     return decorate(command, _OPTIONS)
@@ -222,7 +235,10 @@ def print_result(result: TrtResult, console: Console) -> None:
             table.add_column(name, justify="right")
         for engine in result.built:
             table.add_row(
-                engine.spec.name, engine.place, bytes_text(engine.result.bytes), f"{engine.result.seconds:.1f} s"
+                engine.sidecar.spec.name,
+                engine.place,
+                bytes_text(engine.result.bytes),
+                f"{engine.result.seconds:.1f} s",
             )
         console.print(table)
         console.print(

@@ -19,7 +19,7 @@ class NotRunError(Exception):
 
 def runtime_errors() -> tuple[type[Exception], ...]:
     """The exceptions by which a broken graph or a missing output shows itself when it is run."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
