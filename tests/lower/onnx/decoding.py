@@ -47,15 +47,18 @@ class Model:
         return out
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, dtype: torch.dtype | None = None) -> Model:
+    """The model in `folder`, its parameters in the checkpoint's type or in `dtype`."""
     vlm = load_vlm(str(folder))
+    if dtype is not None:
+        vlm.model.to(dtype)
     return Model(vlm, split_model(vlm))
 
 
 def lower(model: Model, options: OnnxOptions, **changes: Any) -> DecoderGraph:
     """The decoder graph; `changes` replace fields of the target's ONNX settings, `repeat` goes to the trace."""
     repeat = changes.pop("repeat", True)
-    target = load_target("cpu")
+    target = load_target(options.target)
     target = dataclasses.replace(target, onnx_settings=dataclasses.replace(target.onnx, **changes))
     plan = plan_export(model.vlm, model.split, target, options)
     weights = DecoderWeights(weight_names(model.vlm.model, model.part.module), plan.schemes)

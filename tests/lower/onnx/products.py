@@ -9,6 +9,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
+from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup
 from vlmexport.manifest import QuantizedRecord
 from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan
@@ -32,6 +33,8 @@ def emitted_product(
     dtype: torch.dtype,
     level: int,
     biases: dict[str, torch.Tensor],
+    kind_of_emitter: type[LinearEmitter] = LinearEmitter,
+    wide: frozenset[str] = frozenset(),
 ) -> tuple[ir.Model, list[QuantizedRecord]]:
     """``x`` times all `weights` stacked, as the emitter writes it, with its data filled in."""
     refs = tuple(
@@ -39,20 +42,22 @@ def emitted_product(
     )
     given = {**weights, **{f"{name}.bias": b for name, b in biases.items()}}
     kind = KINDS[dtype]
-    emitter = LinearEmitter(
+    emitter = kind_of_emitter(
         DecoderWeights(given, dict.fromkeys(weights, scheme)),
         one_weight_plan({n: (w.shape[0], w.shape[1]) for n, w in weights.items()}, scheme),
         kind,
         level,
+        wide,
     )
     x = ir.Value(name="x", type=ir.TensorType(kind), shape=ir.Shape(["rows", refs[0].in_features]))
     tape = Tape()
     out = emitter.emit(tape, x, refs, "packed.weight")
     out.name, out.shape = "y", ir.Shape(["rows", sum(r.out_features for r in refs)])
-    graph = ir.Graph([x], [out], nodes=tape.nodes, opset_imports={"": 21, "com.microsoft": 1}, name="product")
+    domains = {"": 21, "com.microsoft": 1} if kind_of_emitter is LinearEmitter else {"": 24}
+    graph = ir.Graph([x], [out], nodes=tape.nodes, opset_imports=domains, name="product")
     for group in emitter.groups:
         fill(graph, group)
-    return ir.Model(graph, ir_version=10), emitter.records
+    return ir.Model(graph, ir_version=ir_version(domains[""])), emitter.records
 
 
 def fill(graph: ir.Graph, group: WeightGroup) -> None:
@@ -65,7 +70,10 @@ def fill(graph: ir.Graph, group: WeightGroup) -> None:
 
 
 def run_model(model: ir.Model, x: torch.Tensor) -> np.ndarray:
-    """The output of the one product for the rows `x`."""
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    """The output of the one product for the rows `x`; what ONNX Runtime fuses itself rounds no activations."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    data = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     result: np.ndarray = session.run(None, {"x": x.numpy()})[0]
     return result

@@ -1,8 +1,7 @@
 """Quantized linear layers in standard operators: ``DequantizeLinear`` in front of ``MatMul`` (docs/manifest.md).
 
 What TensorRT for RTX 1.7.1 takes, and keeps in few bits in the engine, was measured: INT4 in any blocks that divide K,
-INT8 in blocks or with one scale per output channel; no zero points; INT8 scales above zero (scripts and numbers:
-tests/lower/onnx/test_dq.py).
+INT8 in blocks or with one scale per output channel; no zero points; INT8 scales above zero.
 """
 
 from __future__ import annotations

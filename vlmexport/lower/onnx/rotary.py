@@ -20,6 +20,7 @@ from vlmexport.errors import UnsupportedModelError
 
 _FUNCTION = "apply_rotary_pos_emb"
 _LIMIT = 1e-5
+_TABLE_ARGUMENTS = 2  # of a rotary module: a tensor whose type the tables get, and the positions
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,13 @@ def _matches(
 
 
 def _rotary_module(decoder: Any, layer: nn.Module) -> nn.Module:
-    outputs: list[tuple[nn.Module, Any]] = []
+    outputs: list[tuple[nn.Module, Any, int]] = []
     reached: list[Any] = []
-    handles = [m.register_forward_hook(lambda m, _a, out: outputs.append((m, out))) for m in decoder.children()]
+
+    def seen(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        outputs.append((module, out, len(args) + len(kwargs)))
+
+    handles = [m.register_forward_hook(seen, with_kwargs=True) for m in decoder.children()]
     handles.append(
         layer.register_forward_pre_hook(
             lambda _m, _a, kw: reached.append(kw.get("position_embeddings")), with_kwargs=True
@@ -115,8 +120,10 @@ def _rotary_module(decoder: Any, layer: nn.Module) -> nn.Module:
     finally:
         for handle in handles:
             handle.remove()
-    for module, out in outputs:
+    for module, out, arguments in outputs:
         if reached and out is reached[0]:
+            if arguments > _TABLE_ARGUMENTS:
+                raise _refusal(decoder, "its rotary table depends on more than the position")
             return module
     raise _refusal(decoder, "its layers do not get (cos, sin) from one rotary module")
 

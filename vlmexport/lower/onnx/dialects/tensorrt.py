@@ -136,7 +136,7 @@ class TensorRTDialect:
         return tape.op("TensorScatter", [past, new, self.shared["write_indices"]], {"axis": -2, "mode": "linear"})
 
     def _rotate(self, tape: Tape, x: ir.Value) -> ir.Value:
-        """Rotary positions for x ``[B, N, S, D]``, in float32: float16 tables alone would cost half of the error."""
+        """Rotary positions for x ``[B, N, S, D]``, in float32: in float16 they made a third more error."""
         if self.rotary is None:
             return x
         wide = cast(tape, x, ir.DataType.FLOAT)
