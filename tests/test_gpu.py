@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlmexport.errors import BadInputError
-from vlmexport.gpu import RTX_NAMES, all_gpus, gpu_names, gpu_table, gpus_by_name, load_gpu, parse_gpu
+from vlmexport.gpu import RTX_NAMES, all_gpus, gpu_names, gpus_by_name, load_gpu, parse_gpu
 
 ASKED_FOR = {
     *("t4", "a10", "a30", "a100-40", "a100-80", "l4", "l40s", "rtx-3090", "rtx-4090", "rtx-5090", "h100", "h200"),
@@ -95,17 +95,6 @@ def test_t4_refuses_int4_with_the_reason_and_the_choices() -> None:
     for gpu in all_gpus():
         if gpu.name != "t4":
             gpu.check_weights("int4")
-
-
-def test_the_table_has_a_row_for_each_and_tells_the_two_libraries_apart() -> None:
-    rows = {row.names.split(",")[0]: row for row in gpu_table()}
-    assert list(rows) == gpu_names()
-    a100, h100, orin = rows["a100-80"], rows["h100"], rows["agx-orin-64"]
-    assert (a100.names, a100.memory, a100.bandwidth) == ("a100-80, a100, a100-80gb", "80 GB", "2039 GB/s")
-    assert (a100.fp16, a100.weights, a100.compute_capability) == ("312 TFLOPS", "fp16, int8, int4", "8.0")
-    assert a100.backend == "RTX here (SM80), or TensorRT there"
-    assert h100.backend == "TensorRT there"
-    assert (orin.memory, rows["t4"].weights) == ("64 GB shared", "fp16, int8")
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,17 @@ def test_every_module_is_inside(names: set[str]) -> None:
 
 
 def test_profiles_are_inside(names: set[str]) -> None:
-    profiles = {f"vlmexport/targets/{p.name}" for p in (ROOT / "targets").glob("*.toml")}
-    assert "vlmexport/targets/cpu.toml" in profiles
+    folder = ROOT / "targets"
+    profiles = {f"vlmexport/targets/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.toml")}
+    assert {"vlmexport/targets/cpu.toml", "vlmexport/targets/trt/a100-80.toml"} <= profiles
     assert profiles <= names
+
+
+def test_what_an_export_copies_into_its_folder_is_inside(names: set[str]) -> None:
+    templates = ROOT / "vlmexport" / "lower" / "tensorrt" / "templates"
+    files = {p.relative_to(ROOT).as_posix() for p in templates.iterdir() if p.suffix in (".sh", ".md", ".py")}
+    assert "vlmexport/lower/tensorrt/templates/build_engines.sh" in files
+    assert files <= names
 
 
 def test_the_bundled_model_and_its_questions_are_inside(names: set[str]) -> None:
