@@ -152,8 +152,8 @@ def test_the_formulas_carry_their_numbers() -> None:
         "memory on a100-80, 4 x 4096 tokens, 5 images: 6.81 GB of 79.5 GB usable, fits (predicted)",
         "  weights: 1.26 GB vision + 0 GB projector + 0.622 GB embedding + 1.59 GB decoder = 3.48 GB",
         "  KV cache, allocated whole: 4 x 4096 tokens x 36864 bytes = 0.604 GB",
-        "  workspace: 4 x 4096 tokens a call x (2 x 4096 mask + 6 x (2048 + 11008) activations + 2 x 2048 embeddings) bytes + "
-        "5 x 4096 patches x 8 x 3420 bytes + logits 4 x 8 x 151936 x 4 bytes + 2 x 0.017 GB scratch = 2.1 GB",
+        "  workspace: 4 x 4096 tokens a call x (2 x 4096 mask + 6 x (2048 + 11008) activations + 2 x 2048 "
+        "embeddings) bytes + 5 x 4096 patches x 8 x 3420 bytes + logits 4 x 8 x 151936 x 4 bytes + 2 x 0.017 GB scratch = 2.1 GB",
         "  CUDA context and kernels: 0.629 GB (an allowance)",
         "  usable: 80 GB - 0.5 GB for the driver = 79.5 GB",
         "times on a100-80: floors by data-sheet rates, never measurements "
@@ -172,7 +172,7 @@ def test_the_formulas_carry_their_numbers() -> None:
 
 def test_shorter_calls_need_less_workspace_and_the_same_cache() -> None:
     gpu = load_gpu("rtx-4090")
-    whole, pieces = (predict(gpu, QWEN_3B_INT4, TrtLimits(4, 16384, 1, prompt)) for prompt in (0, 2048))
+    whole, pieces = (predict(gpu, QWEN_3B_INT4, TrtLimits(8, 16384, 1, prompt)) for prompt in (0, 2048))
     assert whole.kv_cache == pieces.kv_cache
     assert pieces.workspace < whole.workspace / 4
     assert not whole.fits and pieces.fits
@@ -246,8 +246,8 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     fit = largest_fit(gpu, QWEN_3B_INT4, limits)
     assert min(fit.batch, fit.length) > 0
     words = (
-        "--max-batch 64 --max-seq 32768 (--max-prompt 32768) need 392 GB (3.48 GB weights, 77.3 GB KV cache, 311 GB workspace, "
-        "0.629 GB CUDA context), rtx-4090 has 24 GB (23.5 GB usable); "
+        "--max-batch 64 --max-seq 32768 (--max-prompt 32768) need 392 GB (3.48 GB weights, 77.3 GB KV cache, 311 GB "
+        "workspace, 0.629 GB CUDA context), rtx-4090 has 24 GB (23.5 GB usable); "
         f"the largest that fits: batch {fit.batch} at 32768 tokens, or batch 64 at {fit.length} tokens"
     )
     with pytest.raises(BadInputError, match=f"^{re.escape(words)}$"):
