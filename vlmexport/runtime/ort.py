@@ -20,7 +20,7 @@ from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.pictures import without_padding_pictures
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, VisionFeatures, feature_outputs, named_features
 from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSettings, checked, open_session
 from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
@@ -70,14 +70,15 @@ class OnnxRunner:
             del part
         return time.perf_counter() - start
 
-    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
-        return self._vision(without_padding_pictures(pixel_inputs) if static else pixel_inputs)
+        features = self._vision.run(without_padding_pictures(pixel_inputs) if static else pixel_inputs)
+        return features[0] if len(features) == 1 else features
 
-    def project(self, vision_features: Array) -> Array:
+    def project(self, vision_features: VisionFeatures) -> Array:
         """Image features ``[image_tokens, hidden]``."""
-        features = self._projector({"vision_features": vision_features})
+        features = self._projector(named_features(vision_features))
         return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
@@ -101,7 +102,8 @@ class OnnxRunner:
 
     @cached_property
     def _vision(self) -> PartSession:
-        return self._part("vision_encoder", "vision_features")
+        outputs = self.artifact.manifest.parts["vision_encoder"].outputs
+        return self._part("vision_encoder", *feature_outputs(spec.name for spec in outputs))
 
     @cached_property
     def _projector(self) -> PartSession:
@@ -134,5 +136,5 @@ class OnnxRunner:
         settings = dataclasses.replace(self.settings, rests=True)
         return open_session(self.artifact.part_path(PREFILL_PART), PREFILL_PART, settings)
 
-    def _part(self, role: str, output: str) -> PartSession:
-        return PartSession(self.artifact.part_path(role), role, self.settings, output)
+    def _part(self, role: str, *outputs: str) -> PartSession:
+        return PartSession(self.artifact.part_path(role), role, self.settings, *outputs)

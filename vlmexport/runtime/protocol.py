@@ -7,9 +7,9 @@ last valid token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from vlmexport.errors import BadInputError, VlmExportError
 from vlmexport.model.merge import MergeSpec
 
 Array = NDArray[Any]
+# What a vision encoder hands to its projector: one tensor, or several in the order of the graph's outputs.
+VisionFeatures: TypeAlias = Array | tuple[Array, ...]
 DEFAULT_RESERVE = 64
 
 
@@ -67,10 +69,10 @@ class Runner(Protocol):
     def eos_token_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer."""
 
-    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
 
-    def project(self, vision_features: Array) -> Array:
+    def project(self, vision_features: VisionFeatures) -> Array:
         """Image features ``[image_tokens, hidden]``, rows in the order of the image tokens."""
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
@@ -122,6 +124,23 @@ def pad_right(rows: Sequence[NDArray[np.int64]], pad_id: int = 0) -> tuple[NDArr
         ids[index, : row.shape[1]] = row[0]
         mask[index, : row.shape[1]] = 1
     return ids, mask
+
+
+def vision_feature_names(count: int) -> tuple[str, ...]:
+    """Names of the `count` tensors that a vision encoder gives and its projector takes, in order."""
+    return tuple("vision_features" if index == 0 else f"vision_features_{index}" for index in range(count))
+
+
+def named_features(features: VisionFeatures) -> dict[str, Array]:
+    """The tensors of `features` by the names that graphs give them."""
+    tensors = features if isinstance(features, tuple) else (features,)
+    return dict(zip(vision_feature_names(len(tensors)), tensors, strict=True))
+
+
+def feature_outputs(outputs: Iterable[str]) -> tuple[str, ...]:
+    """Those of a vision encoder's `outputs` that its projector takes, in order."""
+    count = sum(name.startswith("vision_features") for name in outputs)
+    return vision_feature_names(max(count, 1))
 
 
 def prompt_embeds(runner: Runner, batch: Sequence[ModelInputs]) -> tuple[Array, NDArray[np.int64]]:

@@ -131,24 +131,28 @@ def part_errors(part: str, what: str) -> Iterator[None]:
 
 
 class PartSession:
-    """One small part (everything but the decoder): named arrays in, its first output checked and returned."""
+    """One small part (everything but the decoder): named arrays in, its named outputs checked and returned."""
 
-    def __init__(self, path: Path, part: str, settings: SessionSettings, output: str) -> None:
+    def __init__(self, path: Path, part: str, settings: SessionSettings, *outputs: str) -> None:
         self.part = part
-        self.output = output
+        self.outputs = list(outputs)
         self.session = open_session(path, part, settings)
         self.input_types = {i.name: NUMPY_TYPES[i.type] for i in self.session.get_inputs()}
-        require_outputs(self.session, part, [output])
+        require_outputs(self.session, part, self.outputs)
 
     def __call__(self, inputs: Mapping[str, Array]) -> Array:
-        """Run on `inputs` (converted to the graph's dtypes, unknown names left out) and return the checked output."""
+        """The first output of `run`."""
+        return self.run(inputs)[0]
+
+    def run(self, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        """Run on `inputs` (converted to the graph's dtypes, unknown names left out) and return the checked outputs."""
         missing = sorted(self.input_types.keys() - inputs.keys())
         if missing:
             raise PartOutputError(self.part, f"the graph needs the inputs {missing}; given were {sorted(inputs)}")
         feed = {name: np.ascontiguousarray(inputs[name], dtype) for name, dtype in self.input_types.items()}
         with part_errors(self.part, "does not run"):
-            result: Array = self.session.run([self.output], feed)[0]
-        return checked(self.part, self.output, result)
+            results: list[Array] = self.session.run(self.outputs, feed)
+        return tuple(checked(self.part, name, value) for name, value in zip(self.outputs, results, strict=True))
 
 
 def require_outputs(session: ort.InferenceSession, part: str, names: list[str]) -> None:

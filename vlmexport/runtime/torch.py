@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.merge import MergeSpec
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, VisionFeatures, named_features
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -53,15 +53,17 @@ class TorchRunner:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
-    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features by the split's encoder module."""
         part = self._part("vision_encoder")
         names = [spec.name for spec in part.signature.inputs]
-        return _array(self._call(part.module, **{n: self._tensor(pixel_inputs[n]) for n in names}))
+        features = self._call(part.module, **{n: self._tensor(pixel_inputs[n]) for n in names})
+        return tuple(map(_array, features)) if isinstance(features, tuple) else _array(features)
 
-    def project(self, vision_features: Array) -> Array:
+    def project(self, vision_features: VisionFeatures) -> Array:
         """Image features by the split's projector module."""
-        return _array(self._call(self._part("projector").module, vision_features=self._tensor(vision_features)))
+        tensors = {name: self._tensor(array) for name, array in named_features(vision_features).items()}
+        return _array(self._call(self._part("projector").module, **tensors))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
         """Image features ``[image_tokens, hidden]`` by the model's own ``get_image_features``."""

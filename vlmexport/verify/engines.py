@@ -31,7 +31,7 @@ from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.manifest import Artifact
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.prompt import PromptBuilder
-from vlmexport.runtime.protocol import Array, ModelInputs, Runner
+from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures
 from vlmexport.runtime.sessions import CPU_PROVIDER
 from vlmexport.runtime.tensorrt.bindings import Hardware, this_machine
 from vlmexport.runtime.tensorrt.runner import TensorRtRunner, check_place, engine_places
@@ -39,6 +39,7 @@ from vlmexport.target import ParityLimits, load_target
 from vlmexport.verify.decoder import token_by_token
 from vlmexport.verify.gates import Gate, NotRunError
 from vlmexport.verify.inputs import standard_probes
+from vlmexport.verify.parts import close_features
 from vlmexport.verify.prompts import build
 
 _RAGGED_STEPS = 4
@@ -195,7 +196,9 @@ def _require_fit(artifact: Artifact, place: str, hardware: Hardware) -> None:
         ) from error
 
 
-def _compare(gate: Gate, name: str, part: str, sides: _Sides, limit: float, call: Callable[[Runner], Array]) -> None:
+def _compare(
+    gate: Gate, name: str, part: str, sides: _Sides, limit: float, call: Callable[[Runner], VisionFeatures]
+) -> None:
     """One check: what `call` makes of the engines against what it makes of ONNX Runtime.
 
     What the engines were not built for, a longer prompt or more pictures, is not run.
@@ -206,7 +209,7 @@ def _compare(gate: Gate, name: str, part: str, sides: _Sides, limit: float, call
             found = call(sides.engines)
         except BadInputError as error:
             raise NotRunError(str(error)) from error
-        gate.close(name, part, "lowering", wanted, found, limit)
+        close_features(gate, name, part, (wanted, found), limit)
 
 
 def _compare_parts(gate: Gate, artifact: Artifact, sides: _Sides) -> None:
@@ -220,7 +223,7 @@ def _compare_parts(gate: Gate, artifact: Artifact, sides: _Sides) -> None:
             gate.not_run(f"engines/{part}[{sides.place}]", part, "lowering", reason)
         return
     features = cache(lambda: sides.graphs.vision(inputs.pixel_inputs))
-    calls: tuple[Callable[[Runner], Array], ...] = (
+    calls: tuple[Callable[[Runner], VisionFeatures], ...] = (
         lambda runner: runner.vision(inputs.pixel_inputs),
         lambda runner: runner.project(features()),
         lambda runner: runner.embed(inputs.input_ids),

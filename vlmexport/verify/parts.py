@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmexport.runtime.protocol import Array, ModelInputs, Runner, merge
+from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures, merge, named_features
 from vlmexport.target import ParityLimits
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
@@ -56,11 +56,20 @@ def check_vision(
         name = f"vision_encoder/features[{prompt.name}]"
         with gate.guard(name, "vision_encoder", "lowering"):
             found = exported.vision(inputs.pixel_inputs)
-            gate.close(name, "vision_encoder", "lowering", wanted, found, limits.vision_rel)
+            close_features(gate, name, "vision_encoder", (wanted, found), limits.vision_rel)
         name = f"projector/features[{prompt.name}]"
         with gate.guard(name, "projector", "lowering"):
             features = reference.project(wanted)
             gate.close(name, "projector", "lowering", features, exported.project(wanted), limits.projector_rel)
+
+
+def close_features(
+    gate: Gate, name: str, part: str, features: tuple[VisionFeatures, VisionFeatures], limit: float
+) -> None:
+    """Judge each tensor of the second of `features` by the first; further tensors are ``...:<tensor>`` of `name`."""
+    wanted, found = (named_features(one) for one in features)
+    for index, (tensor, array) in enumerate(wanted.items()):
+        gate.close(f"{name}:{tensor}" if index else name, part, "lowering", array, found.get(tensor), limit)
 
 
 def check_embedding(

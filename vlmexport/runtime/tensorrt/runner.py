@@ -18,7 +18,15 @@ from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.pictures import without_padding_pictures
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, PartOutputError
+from vlmexport.runtime.protocol import (
+    DEFAULT_RESERVE,
+    Array,
+    Cache,
+    PartOutputError,
+    VisionFeatures,
+    feature_outputs,
+    named_features,
+)
 from vlmexport.runtime.sessions import checked
 from vlmexport.runtime.tensorrt.bindings import Hardware, Library, this_machine
 from vlmexport.runtime.tensorrt.decoder import EngineDecoder, Step
@@ -112,16 +120,18 @@ class TensorRtRunner:
             self._engine(name)
         return time.perf_counter() - start
 
-    def vision(self, pixel_inputs: Mapping[str, Array]) -> Array:
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features of all images of one prompt; names that the encoder does not know are left out.
 
         Raises `BadInputError` for more pictures, or tiles of them, than the engine was built for.
         """
-        return self._first("vision_encoder", without_padding_pictures(pixel_inputs), "vision_features")
+        names = feature_outputs(spec.name for spec in self.artifact.manifest.parts["vision_encoder"].outputs)
+        features = self._outputs("vision_encoder", without_padding_pictures(pixel_inputs), *names)
+        return features[0] if len(features) == 1 else features
 
-    def project(self, vision_features: Array) -> Array:
+    def project(self, vision_features: VisionFeatures) -> Array:
         """Image features ``[image_tokens, hidden]``."""
-        features = self._first("projector", {"vision_features": vision_features}, "image_features")
+        (features,) = self._outputs("projector", named_features(vision_features), "image_features")
         return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
@@ -130,7 +140,7 @@ class TensorRtRunner:
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""
-        embeds = self._first("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
+        (embeds,) = self._outputs("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def prefill(
@@ -166,15 +176,16 @@ class TensorRtRunner:
         geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
         return EngineDecoder(self._device, steps["prefill"], steps["decode"], geometry)
 
-    def _first(self, part: str, inputs: Mapping[str, Array], output: str) -> Array:
-        """The output of the one engine of `part`."""
+    def _outputs(self, part: str, inputs: Mapping[str, Array], *outputs: str) -> tuple[Array, ...]:
+        """The named outputs of the one engine of `part`."""
         name = next((name for name, (_, sidecar) in self._checked.items() if sidecar.spec.part == part), None)
         if name is None:
             raise ArtifactError(f"{self.artifact.path}: there is no engine of {part} in {self.place}")
         engine = self._engine(name)
-        if output not in engine.outputs:
-            raise PartOutputError(part, f"the engine has no output {output!r}; it has {list(engine.outputs)[:4]}")
-        return checked(part, output, engine.run(inputs)[output])
+        if missing := [name for name in outputs if name not in engine.outputs]:
+            raise PartOutputError(part, f"the engine has no output {missing[0]!r}; it has {list(engine.outputs)[:4]}")
+        given = engine.run(inputs)
+        return tuple(checked(part, name, given[name]) for name in outputs)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
