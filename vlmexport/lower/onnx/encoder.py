@@ -21,12 +21,12 @@ from vlmexport.lower.onnx.selection import keep_every_row
 from vlmexport.lower.onnx.simplify import forget_trace, share, simplify, split_gemms
 from vlmexport.lower.onnx.standard_attention import neutral_attention, standard_attention
 from vlmexport.lower.onnx.trace import quiet_exporter
+from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import KeptTensor, TensorSpec
 from vlmexport.split.decoder import attention_implementation
 from vlmexport.split.parts import Part
 
-_IR_VERSION = 10
 Dialect = Literal["ort", "tensorrt"]
 
 
@@ -78,7 +78,7 @@ def lower_vision(
         standard_attention(graph, model, _image_encoder(model), part, half=precision.arithmetic == "fp16")
         share(graph_model)
     _sign(graph, part)
-    graph_model.ir_version = _IR_VERSION
+    graph_model.ir_version = ir_version(opset)
     graph_model.producer_name, graph_model.producer_version = "vlmexport", None
     return VisionGraph(graph_model, groups, kept)
 
