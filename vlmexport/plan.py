@@ -373,7 +373,7 @@ class _Planner:
         if name == self._head and self.options.lm_head == "fp16":
             return None, "--lm-head fp16"
         if self.options.scheme is None:
-            return None, "--quant none"
+            return None, "--quant none" if self._target.onnx.dialect == "ort" else "--quant fp16"
         pattern = next((p for p in self.options.keep if matches_pattern(name, p)), None)
         if pattern is not None:
             return None, f"--keep {pattern}"

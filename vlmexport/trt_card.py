@@ -65,5 +65,5 @@ def _engines(facts: dict[str, Any]) -> list[str]:
 
 
 def _prediction(facts: dict[str, Any]) -> list[str]:
-    lines = [f"- {line}" for line in facts["prediction"]["lines"]]
-    return ["## What data sheets allow", "", "Bounds from rates in data sheets, not measurements.", "", *lines, ""]
+    lines = facts["prediction"]["lines"]
+    return ["## What data sheets allow", "", "Bounds, not measurements.", "", "```text", *lines, "```", ""]
