@@ -12,7 +12,8 @@ from vlmexport.errors import BadInputError
 from vlmexport.model.load import VLM, load_vlm
 from vlmexport.runtime.generate import generate_ids
 from vlmexport.runtime.prompt import PromptBuilder
-from vlmexport.runtime.protocol import ModelInputs, prompt_embeds
+from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.sampling import Sampling
 from vlmexport.runtime.torch import TorchRunner
 
@@ -35,8 +36,8 @@ def test_prefill_equals_the_whole_model(vlm: VLM, torch_runner: TorchRunner, pro
     for item in prompts:
         with torch.no_grad():
             expected = vlm.model(**whole_model(vlm, item)).logits.numpy()
-        embeds, mask = prompt_embeds(torch_runner, [item])
-        logits, _ = torch_runner.prefill(embeds, mask, 0)
+        inputs, mask = merged_inputs(torch_runner, [item])
+        logits, _ = inputs.prefill(torch_runner, mask, 0)
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
@@ -54,12 +55,12 @@ def test_a_padded_batch_generates_what_single_prompts_do(
 
 
 def test_substitute_replaces_and_restores(vlm: VLM, torch_runner: TorchRunner, prompts: list[ModelInputs]) -> None:
-    embeds, mask = prompt_embeds(torch_runner, prompts[:1])
-    before, _ = torch_runner.prefill(embeds, mask)
+    inputs, mask = merged_inputs(torch_runner, prompts[:1])
+    before, _ = inputs.prefill(torch_runner, mask)
     name = "lm_head.weight"
     with torch_runner.substituted({name: torch.zeros_like(vlm.model.lm_head.weight)}):
-        assert not torch_runner.prefill(embeds, mask)[0].any()
-    np.testing.assert_array_equal(torch_runner.prefill(embeds, mask)[0], before)
+        assert not inputs.prefill(torch_runner, mask)[0].any()
+    np.testing.assert_array_equal(inputs.prefill(torch_runner, mask)[0], before)
 
 
 def test_a_tied_head_is_replaced_alone(vlm: VLM, tiny_idefics3: Path) -> None:

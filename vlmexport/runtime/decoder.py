@@ -9,7 +9,7 @@ The class also runs other builders' decoder graphs with the same names, which is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.kv import KVGeometry
-from vlmexport.runtime.protocol import Array, Cache, PartOutputError, require_right_padding
+from vlmexport.runtime.protocol import (
+    BATCH_AXIS,
+    Array,
+    Cache,
+    Extras,
+    PartOutputError,
+    next_shift,
+    require_right_padding,
+    token_axis,
+)
 from vlmexport.runtime.sessions import NUMPY_TYPES, checked, part_errors, require_outputs
 
 PART = "decoder"
@@ -58,9 +67,9 @@ class GrowingCache(Cache):
 class DecoderSession:
     """One decoder graph and the bookkeeping of its caches.
 
-    `session` may take ``inputs_embeds`` or ``input_ids``; ``position_ids`` and ``num_logits_to_keep`` are fed when the
-    graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``). `prompt`, when
-    given, computes every call of more than one token, `chunk` tokens at a time where there is no padding.
+    `session` may take ``inputs_embeds`` or ``input_ids``; ``num_logits_to_keep`` and the inputs of `BATCH_AXIS` are fed
+    when the graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``).
+    `prompt`, when given, computes every call of more than one token, `chunk` tokens at a time where there is no padding.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class DecoderSession:
         self.device = device
         self.input_types = {i.name: NUMPY_TYPES[i.type] for i in session.get_inputs()}
         self.sequence_input = "inputs_embeds" if "inputs_embeds" in self.input_types else "input_ids"
+        self.extra_shapes = {i.name: list(i.shape) for i in session.get_inputs() if i.name in BATCH_AXIS}
         pairs = [(f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(kv.layers) for k in ("key", "value")]
         self.present_of = dict(pairs)
         self._check_contract()
@@ -99,23 +109,27 @@ class DecoderSession:
         if len(self.sessions) > 1 and self.attention != "gqa":
             raise PartOutputError(PART, "a prompt graph needs the gqa form, whose cache both graphs write in place")
 
-    def prefill(self, sequence: Array, attention_mask: Mask, keep: int, reserve: int) -> tuple[Array, Cache]:
+    def prefill(
+        self, sequence: Array, attention_mask: Mask, keep: int, reserve: int, extras: Extras | None = None
+    ) -> tuple[Array, Cache]:
         """Start a batch; `sequence` is what the graph takes (embeddings or ids); see `Runner.prefill`."""
         batch, tokens = attention_mask.shape
         if self.attention == "gqa":
             require_right_padding(attention_mask)
             shared = self._new_cache(batch, tokens + reserve)
-            logits = self._run_shared(sequence, attention_mask, shared, keep)
-            shared.lengths = attention_mask.sum(axis=1)
+            further = self._further(attention_mask, shared, extras)
+            logits = self._run_shared(sequence, attention_mask, shared, keep, further)
+            self._advance(shared, attention_mask, further)
             return logits, shared
         growing = GrowingCache(np.zeros(batch, np.int64), self._empty_past(batch), attention_mask[:, :0])
-        return self._run_growing(sequence, attention_mask, growing, keep), growing
+        return self._run_growing(sequence, attention_mask, growing, keep, extras), growing
 
-    def decode(self, sequence: Array, cache: Cache, keep: int) -> Array:
+    def decode(self, sequence: Array, cache: Cache, keep: int, extras: Extras | None = None) -> Array:
         """Continue every row by ``sequence.shape[1]`` tokens; see `Runner.decode`."""
         batch, tokens = sequence.shape[:2]
+        new = np.ones((batch, tokens), np.int64)
         if isinstance(cache, GrowingCache):
-            return self._run_growing(sequence, np.ones((batch, tokens), np.int64), cache, keep)
+            return self._run_growing(sequence, new, cache, keep, extras)
         if not isinstance(cache, SharedCache):
             raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
         if batch > 1 and tokens > 1:
@@ -125,9 +139,34 @@ class DecoderSession:
         if total > cache.capacity:
             self._grow(cache, max(total, 2 * cache.capacity))
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)
-        logits = self._run_shared(sequence, mask, cache, keep)
-        cache.lengths = lengths
+        further = self._further(new, cache, extras)
+        logits = self._run_shared(sequence, mask, cache, keep, further)
+        self._advance(cache, new, further)
         return logits
+
+    def _further(self, new: Mask, cache: Cache, extras: Extras | None) -> dict[str, Array]:
+        """What the graph takes beside embeddings and mask, for the tokens of `new` ``[batch, tokens]`` (0: padding).
+
+        What `extras` does not give is that of text: positions that go on by one, and zeros.
+        """
+        given = dict(extras or {})
+        if unknown := sorted(given.keys() - self.extra_shapes.keys()):
+            raise BadInputError(f"the decoder graph takes no {unknown[0]}")
+        for name, shape in self.extra_shapes.items():
+            if name in given:
+                continue
+            if name == "position_ids":
+                counted = np.maximum(cache.lengths[:, None] + np.cumsum(new, axis=1) - 1, 0)
+                given[name] = np.broadcast_to(counted + cache.position_shift[:, None], (*shape[:-2], *new.shape))
+            else:
+                axis = BATCH_AXIS[name]
+                given[name] = np.zeros((*shape[:axis], *new.shape, *shape[axis + 2 :]), self.input_types[name])
+        return given
+
+    def _advance(self, cache: Cache, new: Mask, further: Mapping[str, Array]) -> None:
+        cache.lengths = cache.lengths + new.sum(axis=1)
+        if "position_ids" in further:
+            cache.position_shift = next_shift(further["position_ids"], new, cache.lengths)
 
     def _new_cache(self, batch: int, capacity: int) -> SharedCache:
         bindings = tuple(session.io_binding() for session in self.sessions)
@@ -155,24 +194,27 @@ class DecoderSession:
         """The array as an OrtValue where the cache lives; on the CPU it is the array's own memory."""
         return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
-    def _inputs(self, sequence: Array, mask: Mask, positions: Mask, keep: int) -> dict[str, Array]:
+    def _inputs(self, sequence: Array, mask: Mask, further: Mapping[str, Array], keep: int) -> dict[str, Array]:
         given: dict[str, Array] = {
             self.sequence_input: sequence,
             "attention_mask": mask,
-            "position_ids": positions,
             "num_logits_to_keep": np.array(keep, np.int64),
+            **further,
         }
         types = self.input_types
         # asarray and not ascontiguousarray: the latter makes a scalar one-dimensional
         return {n: np.asarray(a, dtype=types[n], order="C") for n, a in given.items() if n in types}
 
-    def _run_shared(self, sequence: Array, mask: Mask, cache: SharedCache, keep: int) -> Array:
-        positions = cache.lengths[:, None] + np.arange(sequence.shape[1])
+    def _run_shared(
+        self, sequence: Array, mask: Mask, cache: SharedCache, keep: int, further: Mapping[str, Array]
+    ) -> Array:
         graph = len(self.sessions) - 1 if sequence.shape[1] > 1 else 0
-        rows = [
-            self._run_bound(graph, sequence[:, chunk], mask[:, :end], positions[:, chunk], cache, kept)
-            for chunk, end, kept in self._chunks(graph, mask, sequence.shape[1], keep)
-        ]
+        rows = []
+        for chunk, end, kept in self._chunks(graph, mask, sequence.shape[1], keep):
+            tokens = np.arange(chunk.start, chunk.stop)
+            part = {n: a.take(tokens, axis=token_axis(n, a)) for n, a in further.items()}
+            feed = self._inputs(sequence[:, chunk], mask[:, :end], part, kept)
+            rows.append(self._run_bound(graph, feed, cache, kept))
         return self._finished(rows[-1] if keep else np.concatenate(rows, axis=1), mask, keep)
 
     def _chunks(self, graph: int, mask: Mask, tokens: int, keep: int) -> Iterator[tuple[slice, int, int]]:
@@ -187,12 +229,9 @@ class DecoderSession:
         for start, stop in pairwise(edges):
             yield slice(start, stop), before + stop, keep
 
-    def _run_bound(
-        self, graph: int, sequence: Array, mask: Mask, positions: Mask, cache: SharedCache, keep: int
-    ) -> Array:
+    def _run_bound(self, graph: int, feed: dict[str, Array], cache: SharedCache, keep: int) -> Array:
         """One run of one graph on the cache's buffers: its logits as it returns them."""
-        feed = self._inputs(sequence, mask, positions, keep)
-        binding = cache.bindings[graph]
+        binding, sequence = cache.bindings[graph], feed[self.sequence_input]
         logits = np.empty((sequence.shape[0], self._kept(sequence, keep), self.vocab_size), self.logits_dtype)
         with part_errors(PART, "does not run"):
             for name, array in feed.items():
@@ -201,16 +240,19 @@ class DecoderSession:
             self.sessions[graph].run_with_iobinding(binding)
         return logits
 
-    def _run_growing(self, sequence: Array, mask: Mask, cache: GrowingCache, keep: int) -> Array:
-        whole = np.concatenate([cache.mask, mask], axis=1)
-        positions = np.maximum(np.cumsum(whole, axis=1) - 1, 0)[:, -sequence.shape[1] :]
-        feed = self._inputs(sequence, whole, positions, keep) | cache.past
+    def _run_growing(
+        self, sequence: Array, new: Mask, cache: GrowingCache, keep: int, extras: Extras | None = None
+    ) -> Array:
+        whole = np.concatenate([cache.mask, new], axis=1)
+        further = self._further(new, cache, extras)
+        feed = self._inputs(sequence, whole, further, keep) | cache.past
         with part_errors(PART, "does not run"):
             logits, *present = self.session.run(["logits", *self.present_of.values()], feed)
         cache.past = dict(zip(self.present_of, present, strict=True))
-        cache.mask, cache.lengths = whole, whole.sum(axis=1)
+        cache.mask = whole
+        self._advance(cache, new, further)
         shape = (sequence.shape[0], self._kept(sequence, keep), self.vocab_size)
-        return self._finished(checked(PART, "logits", logits, shape), mask, keep)
+        return self._finished(checked(PART, "logits", logits, shape), new, keep)
 
     def _kept(self, sequence: Array, keep: int) -> int:
         tokens = int(sequence.shape[1])

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
-from vlmexport.runtime.protocol import ModelInputs, Runner, merge, pad_right
+from vlmexport.runtime.decoder_inputs import with_features
+from vlmexport.runtime.protocol import ModelInputs, Runner
 from vlmexport.runtime.sampling import Sampling, choose
 from vlmexport.runtime.text import TextStream
 
@@ -178,10 +179,8 @@ def _start(runner: Runner, batch: Sequence[ModelInputs], reserve: int, timings: 
     start = time.perf_counter()
     features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
     encoded = time.perf_counter()
-    pad_id = 0 if runner.merge_spec.image_token_id else 1
-    ids, mask = pad_right([item.input_ids for item in batch], pad_id)
-    embeds = merge(runner.merge_spec, runner.embed(ids), ids, np.concatenate(features) if features else None)
-    logits, cache = runner.prefill(embeds, mask, 1, reserve=reserve)
+    inputs, mask = with_features(runner, batch, features)
+    logits, cache = inputs.prefill(runner, mask, 1, reserve=reserve)
     timings.image_ms = 1000 * (encoded - start)
     timings.prefill_ms = 1000 * (time.perf_counter() - encoded)
     return logits, cache

@@ -20,7 +20,15 @@ from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.pictures import without_padding_pictures
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, VisionFeatures, feature_outputs, named_features
+from vlmexport.runtime.protocol import (
+    DEFAULT_RESERVE,
+    Array,
+    Cache,
+    Extras,
+    VisionFeatures,
+    feature_outputs,
+    named_features,
+)
 from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSettings, checked, open_session
 from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
@@ -77,9 +85,10 @@ class OnnxRunner:
         return features[0] if len(features) == 1 else features
 
     def project(self, vision_features: VisionFeatures) -> Array:
-        """Image features ``[image_tokens, hidden]``."""
+        """Image features; see `Runner.project`."""
         features = self._projector(named_features(vision_features))
-        return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
+        width = self.model["hidden_size"] * (1 + self.merge_spec.deepstack_layers)
+        return checked("projector", "image_features", features, (None, width))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
         """``project(vision(pixel_inputs))``."""
@@ -91,14 +100,20 @@ class OnnxRunner:
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def prefill(
-        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+        self,
+        inputs_embeds: Array,
+        attention_mask: NDArray[np.int64],
+        keep: int = 1,
+        *,
+        reserve: int = DEFAULT_RESERVE,
+        extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """Start a batch; see `Runner.prefill`."""
-        return self._decoder.prefill(inputs_embeds, attention_mask, keep, reserve)
+        return self._decoder.prefill(inputs_embeds, attention_mask, keep, reserve, extras)
 
-    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row; see `Runner.decode`."""
-        return self._decoder.decode(inputs_embeds, cache, keep)
+        return self._decoder.decode(inputs_embeds, cache, keep, extras)
 
     @cached_property
     def _vision(self) -> PartSession:

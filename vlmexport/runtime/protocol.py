@@ -20,6 +20,10 @@ from vlmexport.model.merge import MergeSpec
 Array = NDArray[Any]
 # What a vision encoder hands to its projector: one tensor, or several in the order of the graph's outputs.
 VisionFeatures: TypeAlias = Array | tuple[Array, ...]
+# What a decoder takes beside embeddings and mask, by graph input: see `decoder_inputs`.
+Extras: TypeAlias = Mapping[str, Array]
+# The axis of each that is the batch; the next one is the tokens. Plain positions are [batch, tokens].
+BATCH_AXIS = {"position_ids": 1, "deepstack_embeds": 1, "block_ids": 0}
 DEFAULT_RESERVE = 64
 
 
@@ -40,10 +44,13 @@ class PartOutputError(VlmExportError):
 class Cache:
     """The key-value cache of one running batch; made by ``prefill``, advanced in place by ``decode``.
 
-    `lengths`: int64 ``[batch]``, the valid tokens of each row so far. The rest belongs to the runner that made it.
+    `lengths`: int64 ``[batch]``, the valid tokens of each row so far. `position_shift` int64 ``[batch]``: the position
+    of a row's next token is its length and this (images take fewer positions than tokens under M-RoPE). The rest
+    belongs to the runner that made it.
     """
 
     lengths: NDArray[np.int64]
+    position_shift: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,10 @@ class Runner(Protocol):
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
 
     def project(self, vision_features: VisionFeatures) -> Array:
-        """Image features ``[image_tokens, hidden]``, rows in the order of the image tokens."""
+        """Image features ``[image_tokens, width]``, rows in the order of the image tokens.
+
+        `width` is the hidden size, or that times ``1 + deepstack_layers`` of the merge specification.
+        """
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
         """``project(vision(pixel_inputs))``, or the runtime's own whole path from pixels to image features."""
@@ -82,27 +92,35 @@ class Runner(Protocol):
         """Embeddings ``[batch, tokens, hidden]`` of ``input_ids`` ``[batch, tokens]``."""
 
     def prefill(
-        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+        self,
+        inputs_embeds: Array,
+        attention_mask: NDArray[np.int64],
+        keep: int = 1,
+        *,
+        reserve: int = DEFAULT_RESERVE,
+        extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """Start a batch: logits float32 ``[batch, kept, vocab]`` and the cache.
 
         `attention_mask` ``[batch, tokens]`` has ones first, then zeros (right padding). `keep`: 0 = logits of all
         positions, n = of the last n valid positions of each row. `reserve`: tokens to make room for after the prompt
-        (the cache grows when more come).
+        (the cache grows when more come). `extras`: further inputs of the same tokens; what is not given is that of
+        text. Raises `BadInputError` for one that the decoder does not take.
         """
 
-    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row by ``inputs_embeds`` ``[batch, tokens, hidden]``; logits as in `prefill`.
 
         Advances `cache` in place by `tokens` for every row. More than one token at once only for a batch of one.
+        `extras` as in `prefill`: without them positions go on behind the row's last one.
         """
 
 
 def merge(spec: MergeSpec, inputs_embeds: Array, input_ids: NDArray[np.int64], image_features: Array | None) -> Array:
     """Put image features into the rows of the image tokens, in order; other rows are unchanged.
 
-    The result has the wider of the two dtypes. Raises `BadInputError` when the numbers of image tokens and of feature
-    rows differ, naming both.
+    The result has the wider of the two dtypes; of a feature row, its first ``hidden`` values. Raises `BadInputError`
+    when the numbers of image tokens and of feature rows differ, or their width is wrong, naming both.
     """
     places = input_ids == spec.image_token_id
     tokens, rows = int(places.sum()), 0 if image_features is None else len(image_features)
@@ -110,8 +128,13 @@ def merge(spec: MergeSpec, inputs_embeds: Array, input_ids: NDArray[np.int64], i
         raise BadInputError(f"the prompt has {tokens} image tokens (id {spec.image_token_id}) but {rows} feature rows")
     if image_features is None or not rows:
         return inputs_embeds
+    hidden = inputs_embeds.shape[2]
+    if image_features.shape[1] != hidden * (1 + spec.deepstack_layers):
+        raise BadInputError(
+            f"a feature row has {image_features.shape[1]} values, not {1 + spec.deepstack_layers} times {hidden}"
+        )
     merged = inputs_embeds.astype(np.result_type(inputs_embeds.dtype, image_features.dtype))
-    merged[places] = image_features
+    merged[places] = image_features[:, :hidden]
     return merged
 
 
@@ -143,16 +166,25 @@ def feature_outputs(outputs: Iterable[str]) -> tuple[str, ...]:
     return vision_feature_names(max(count, 1))
 
 
-def prompt_embeds(runner: Runner, batch: Sequence[ModelInputs]) -> tuple[Array, NDArray[np.int64]]:
-    """Merged embeddings ``[batch, longest, hidden]`` and the right-padded mask of a batch of prompts.
+def token_axis(name: str, array: Array) -> int:
+    """The axis of the further input `name` that counts tokens."""
+    return 1 if name == "position_ids" and array.ndim == 2 else BATCH_AXIS[name] + 1
 
-    Images are encoded prompt by prompt: image counts and sizes may differ between the rows.
+
+def next_shift(positions: NDArray[np.int64], mask: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`Cache.position_shift` ``[batch]`` behind tokens at `positions` ``[..., batch, tokens]``, valid where `mask` is.
+
+    `lengths` ``[batch]`` are the valid tokens of each row, these included.
     """
-    pad_id = 0 if runner.merge_spec.image_token_id else 1
-    ids, mask = pad_right([item.input_ids for item in batch], pad_id)
-    features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
-    joined = np.concatenate(features) if features else None
-    return merge(runner.merge_spec, runner.embed(ids), ids, joined), mask
+    largest = np.where(mask == 1, positions, -1).max(axis=-1)
+    shift: NDArray[np.int64] = (largest if largest.ndim == 1 else largest.max(axis=0)) + 1 - lengths
+    return shift
+
+
+def require_no_extras(extras: Extras | None, runner: str) -> None:
+    """Raise `BadInputError` when there are further inputs, which `runner` cannot feed."""
+    if extras:
+        raise BadInputError(f"{runner} takes no {', '.join(sorted(extras))}")
 
 
 def require_right_padding(attention_mask: NDArray[np.int64]) -> None:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from vlmexport.errors import BadInputError
 from vlmexport.model.kv import KVGeometry
 from vlmexport.runtime.decoder import PART, Mask, SharedCache, static_width
-from vlmexport.runtime.protocol import Array, Cache, PartOutputError, require_right_padding
+from vlmexport.runtime.protocol import Array, Cache, Extras, PartOutputError, require_no_extras, require_right_padding
 from vlmexport.runtime.sessions import NUMPY_TYPES, checked, part_errors, require_outputs
 from vlmexport.runtime.static_cache import Ids, positions_to_keep, require_room
 
@@ -46,22 +46,26 @@ class StaticDecoder:
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab_size, self.logits_dtype = static_width(logits), NUMPY_TYPES[logits.type]
 
-    def prefill(self, sequence: Array, attention_mask: Mask, keep: int, reserve: int) -> tuple[Array, Cache]:
+    def prefill(
+        self, sequence: Array, attention_mask: Mask, keep: int, reserve: int, extras: Extras | None = None
+    ) -> tuple[Array, Cache]:
         """Start a batch; see `Runner.prefill`. `reserve` changes nothing: the cache has the length that it has.
 
         Raises `BadInputError` when the prompt is longer than the cache.
         """
+        require_no_extras(extras, "a decoder with a static cache")
         require_right_padding(attention_mask)
         batch = len(attention_mask)
         cache = self._new_cache(batch)
         logits = self._advance(sequence, attention_mask.sum(axis=1), cache, keep)
         return logits, cache
 
-    def decode(self, sequence: Array, cache: Cache, keep: int) -> Array:
+    def decode(self, sequence: Array, cache: Cache, keep: int, extras: Extras | None = None) -> Array:
         """Continue every row by ``sequence.shape[1]`` tokens; see `Runner.decode`. Batches may take several at once.
 
         Raises `BadInputError` when they do not fit behind what the cache holds.
         """
+        require_no_extras(extras, "a decoder with a static cache")
         if not isinstance(cache, SharedCache):
             raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
         batch, tokens = sequence.shape[:2]

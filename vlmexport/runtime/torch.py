@@ -16,7 +16,19 @@ from transformers import DynamicCache
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.merge import MergeSpec
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, VisionFeatures, named_features
+from vlmexport.model.positions import AXES
+from vlmexport.runtime.protocol import (
+    DEFAULT_RESERVE,
+    Array,
+    Cache,
+    Extras,
+    VisionFeatures,
+    named_features,
+    next_shift,
+)
+from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.deepstack import deepstack_added
+from vlmexport.split.features import feature_rows
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -43,8 +55,7 @@ class TorchRunner:
         self.split = split
         self.merge_spec = split.merge if split else MergeSpec(vlm.facts.image_token_id)
         self.eos_token_ids = vlm.facts.eos_token_ids
-        self._decoder: Any = self.model.get_decoder()
-        self._head: Any = self.model.get_output_embeddings()
+        self._decoder = self._decoder_part()
         self.new_cache: Callable[[], DynamicCache] = DynamicCache
 
     @property
@@ -70,44 +81,60 @@ class TorchRunner:
         function = self.model.get_image_features
         names = [n for n in inspect.signature(function).parameters if n in pixel_inputs]
         out = self._call(function, **{n: self._tensor(pixel_inputs[n]) for n in names})
-        features = getattr(out, "pooler_output", out)
-        rows = list(features) if isinstance(features, list | tuple) else [features]
-        return _array(torch.cat([r.reshape(-1, r.shape[-1]) for r in rows]))
+        return _array(feature_rows(out, self.merge_spec.deepstack_layers))
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""
         return _array(self._call(self.model.get_input_embeddings(), torch.from_numpy(input_ids)))
 
     def prefill(
-        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+        self,
+        inputs_embeds: Array,
+        attention_mask: NDArray[np.int64],
+        keep: int = 1,
+        *,
+        reserve: int = DEFAULT_RESERVE,
+        extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
         del reserve
         mask = torch.from_numpy(attention_mask)
-        cache = TorchCache(attention_mask.sum(axis=1), self.new_cache(), mask[:, :0])
-        return self._forward(inputs_embeds, mask, cache, keep), cache
+        cache = TorchCache(np.zeros(len(mask), np.int64), self.new_cache(), mask[:, :0])
+        return self._forward(inputs_embeds, mask, cache, keep, extras), cache
 
-    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row; see `Runner.decode`."""
         if not isinstance(cache, TorchCache):
             raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
         mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64)
-        return self._forward(inputs_embeds, mask, cache, keep)
+        return self._forward(inputs_embeds, mask, cache, keep, extras)
 
-    def _forward(self, inputs_embeds: Array, mask: torch.Tensor, cache: TorchCache, keep: int) -> Array:
+    def _forward(
+        self, inputs_embeds: Array, mask: torch.Tensor, cache: TorchCache, keep: int, extras: Extras | None
+    ) -> Array:
+        given = dict(extras or {})
+        if unknown := sorted(given.keys() - set(self.merge_spec.extras)):
+            raise BadInputError(f"the decoder takes no {unknown[0]}")
+        new = mask.numpy()
+        counted = np.maximum(cache.lengths[:, None] + np.cumsum(new, axis=1) - 1, 0)
+        positions = given.get("position_ids", counted + cache.position_shift[:, None] + self.merge_spec.position_start)
         cache.mask = torch.cat([cache.mask, mask], dim=1)
-        cache.lengths = cache.mask.sum(dim=1).numpy()
-        positions = (cache.mask.cumsum(dim=1) - 1).clamp_min(0)[:, -mask.shape[1] :]
-        out = self._call(
-            self._decoder,
-            inputs_embeds=self._tensor(inputs_embeds),
-            attention_mask=cache.mask,
-            position_ids=positions + self.merge_spec.position_start,
-            past_key_values=cache.past,
-            use_cache=True,
-        )
+        cache.lengths = cache.lengths + new.sum(axis=1)
+        if "position_ids" in self.merge_spec.extras:
+            cache.position_shift = next_shift(positions, new, cache.lengths)
+            positions = np.broadcast_to(positions, (AXES, *new.shape))
+        tensors = {name: self._tensor(array) for name, array in given.items()}
+        with deepstack_added(self._decoder.decoder, tensors.get("deepstack_embeds")):
+            out = self._call(
+                self._decoder.decoder,
+                inputs_embeds=self._tensor(inputs_embeds),
+                attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), self.dtype),
+                position_ids=self._tensor(positions),
+                past_key_values=cache.past,
+                use_cache=True,
+            )
         hidden = _last_valid(out.last_hidden_state, mask, keep) if keep else out.last_hidden_state
-        return _array(self._call(self._head, hidden)).astype(np.float32, copy=False)
+        return _array(self._call(self._decoder.logits, hidden)).astype(np.float32, copy=False)
 
     def substitute(self, weights: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
         """Replace weights by name (``lm_head.weight``) and return the originals; give those back to restore.
@@ -144,6 +171,12 @@ class TorchRunner:
         if not isinstance(original, nn.Parameter):
             raise BadInputError(f"{name} is not a weight of {type(self.model).__name__}")
         return module, leaf, original
+
+    def _decoder_part(self) -> DecoderPart:
+        module = None if self.split is None else self._part("decoder").module
+        if isinstance(module, DecoderPart):
+            return module
+        return DecoderPart(self.model.get_decoder(), self.model.get_output_embeddings())
 
     def _part(self, role: str) -> Part:
         if self.split is None:

@@ -22,10 +22,12 @@ from vlmexport.runtime.protocol import (
     DEFAULT_RESERVE,
     Array,
     Cache,
+    Extras,
     PartOutputError,
     VisionFeatures,
     feature_outputs,
     named_features,
+    require_no_extras,
 )
 from vlmexport.runtime.sessions import checked
 from vlmexport.runtime.tensorrt.bindings import Hardware, Library, this_machine
@@ -144,13 +146,21 @@ class TensorRtRunner:
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def prefill(
-        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+        self,
+        inputs_embeds: Array,
+        attention_mask: NDArray[np.int64],
+        keep: int = 1,
+        *,
+        reserve: int = DEFAULT_RESERVE,
+        extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """Start a batch; see `Runner.prefill` and `EngineDecoder.prefill`."""
+        require_no_extras(extras, "an engine")
         return self._decoder.prefill(inputs_embeds, attention_mask, keep)
 
-    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row; see `Runner.decode` and `EngineDecoder.decode`."""
+        require_no_extras(extras, "an engine")
         return self._decoder.decode(inputs_embeds, cache, keep)
 
     def close(self) -> None:

@@ -1,0 +1,137 @@
+"""What reaches a decoder for prompts: merged embeddings, and the further inputs that some families need beside them.
+
+Further inputs by graph input: ``position_ids`` int64 ``[3, batch, tokens]`` (M-RoPE: time, height, width),
+``deepstack_embeds`` float ``[layers, batch, tokens, hidden]`` (zeros off the images) and ``block_ids`` int64 ``[batch,
+tokens]`` (above 0: tokens of one number see each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmexport.errors import BadInputError
+from vlmexport.model.blocks import block_ids
+from vlmexport.model.merge import MergeSpec
+from vlmexport.model.positions import prompt_positions
+from vlmexport.runtime.protocol import (
+    BATCH_AXIS,
+    DEFAULT_RESERVE,
+    Array,
+    Cache,
+    ModelInputs,
+    Runner,
+    merge,
+    pad_right,
+)
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """Embeddings ``[batch, tokens, hidden]`` and the further inputs that belong to the same tokens."""
+
+    embeds: Array
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens, padding included."""
+        return int(self.embeds.shape[1])
+
+    def tokens(self, start: int, stop: int | None = None) -> DecoderInputs:
+        """Tokens `start` to `stop` (None: the end) of every row."""
+        return self._taken(np.arange(self.length)[start:stop])
+
+    def resized(self, tokens: int) -> DecoderInputs:
+        """The first `tokens`, starting over where there are fewer."""
+        return self._taken(np.arange(tokens) % self.length)
+
+    def mapped(self, change: Callable[[Array], Array]) -> DecoderInputs:
+        """The same with `change` applied to everything that is not a whole number."""
+        extras = {n: a if np.issubdtype(a.dtype, np.integer) else change(a) for n, a in self.extras.items()}
+        return DecoderInputs(change(self.embeds), extras)
+
+    def prefill(
+        self, runner: Runner, attention_mask: Ids | None = None, keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+    ) -> tuple[Array, Cache]:
+        """`Runner.prefill` of everything; without a mask no token is padding."""
+        mask = np.ones(self.embeds.shape[:2], np.int64) if attention_mask is None else attention_mask
+        return runner.prefill(self.embeds, mask, keep, reserve=reserve, extras=self.extras)
+
+    def decode(self, runner: Runner, cache: Cache, keep: int = 1) -> Array:
+        """`Runner.decode` of everything."""
+        return runner.decode(self.embeds, cache, keep, extras=self.extras)
+
+    def _taken(self, indices: NDArray[np.intp]) -> DecoderInputs:
+        extras = {n: np.take(a, indices, axis=BATCH_AXIS[n] + 1) for n, a in self.extras.items()}
+        return DecoderInputs(self.embeds[:, indices], extras)
+
+
+def stacked(rows: Sequence[DecoderInputs], side: Literal["right", "left"] = "right") -> tuple[DecoderInputs, Ids]:
+    """Single prompts as one batch, padded on `side`, and its mask ``[batch, longest]``.
+
+    The padding repeats the row's own values: attention to it would change the result, zeros might hide it.
+    """
+    width = max(row.length for row in rows)
+    mask = np.zeros((len(rows), width), np.int64)
+    parts = []
+    for index, row in enumerate(rows):
+        before = 0 if side == "right" else width - row.length
+        mask[index, before : before + row.length] = 1
+        parts.append(row._taken((np.arange(width) - before) % row.length))
+    extras = {n: np.concatenate([p.extras[n] for p in parts], axis=BATCH_AXIS[n]) for n in parts[0].extras}
+    return DecoderInputs(np.concatenate([p.embeds for p in parts]), extras), mask
+
+
+def merged_inputs(runner: Runner, batch: Sequence[ModelInputs]) -> tuple[DecoderInputs, Ids]:
+    """What reaches the decoder of `runner` for a batch of prompts, and the right-padded mask.
+
+    Images are encoded prompt by prompt: image counts and sizes may differ between the rows.
+    """
+    features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
+    return with_features(runner, batch, features)
+
+
+def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequence[Array]) -> tuple[DecoderInputs, Ids]:
+    """`merged_inputs` of image features that are made already, for each prompt with images in order."""
+    spec = runner.merge_spec
+    ids, mask = pad_right([item.input_ids for item in batch], 0 if spec.image_token_id else 1)
+    joined = np.concatenate(features) if features else None
+    embeds = runner.embed(ids)
+    return DecoderInputs(merge(spec, embeds, ids, joined), further_inputs(spec, batch, embeds, ids, joined)), mask
+
+
+def further_inputs(
+    spec: MergeSpec, batch: Sequence[ModelInputs], embeds: Array, ids: Ids, features: Array | None
+) -> dict[str, Array]:
+    """The inputs that ``spec.extras`` names, for prompts `ids` ``[batch, tokens]`` that are padded on the right."""
+    makers: dict[str, Callable[[], Array]] = {
+        "position_ids": lambda: _positions(spec, batch, ids.shape[1]),
+        "deepstack_embeds": lambda: _deepstack(spec, embeds, ids, features),
+        "block_ids": lambda: block_ids(spec.mask, ids, spec.image_token_id),
+    }
+    if unknown := [name for name in spec.extras if name not in makers]:
+        raise BadInputError(f"the decoder needs {unknown[0]}, which this version cannot make")
+    return {name: makers[name]() for name in spec.extras}
+
+
+def _positions(spec: MergeSpec, batch: Sequence[ModelInputs], width: int) -> Ids:
+    """int64 ``[3, batch, width]``, zero where a row is padded."""
+    rows = [prompt_positions(spec, item.input_ids, item.pixel_inputs) for item in batch]
+    return np.concatenate([np.pad(row, ((0, 0), (0, 0), (0, width - row.shape[2]))) for row in rows], axis=1)
+
+
+def _deepstack(spec: MergeSpec, embeds: Array, ids: Ids, features: Array | None) -> Array:
+    """``[layers, batch, tokens, hidden]``: what each early layer adds, zeros off the images."""
+    hidden = embeds.shape[2]
+    made = np.zeros((spec.deepstack_layers, *embeds.shape), embeds.dtype if features is None else features.dtype)
+    if features is not None:
+        rows = features[:, hidden:].reshape(len(features), spec.deepstack_layers, hidden)
+        made[:, ids == spec.image_token_id] = rows.transpose(1, 0, 2)
+    return made
