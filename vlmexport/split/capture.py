@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +10,21 @@ import torch
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.merge import MergeSpec
-from vlmexport.split.decoder import DecoderCall, DecoderPart, capture_decoder_call, check_masks_are_causal, replay
+from vlmexport.model.positions import AXES
+from vlmexport.split.decoder import DecoderCall, DecoderPart, capture_decoder_call, find_logit_cap, replay
 from vlmexport.split.examples import processor_examples
+from vlmexport.split.masks import SeenMasks, find_masks
 from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part, Role, Signature, Split
+from vlmexport.split.positions import (
+    DEEPSTACK,
+    configure,
+    dense_deepstack,
+    further_inputs,
+    has_axes,
+    with_deepstack,
+    with_positions,
+)
 from vlmexport.split.vision import split_vision
 
 if TYPE_CHECKING:
@@ -33,21 +45,42 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     calls = [capture_decoder_call(vlm.model, example) for example in examples]
     _refuse_nan(vlm, calls)
     vision, projector = split_vision(vlm, examples)
-    decoder = DecoderPart(vlm.model.get_decoder(), vlm.model.get_output_embeddings())
-    merge = _merge_spec(vlm, calls)
-    # The merge below is proven on every example; the decoder gets nothing else, so the richest prompt does for it.
-    difference = _replay_difference(vlm, decoder, calls[-1])
+    decoder, merge, difference = split_decoder(vlm, examples, calls)
     features = [projector.module(**example) for example in projector.examples]
     for example, call, rows in zip(examples, calls, features, strict=True):
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows))
-    check_masks_are_causal(decoder, calls[0], vlm.facts.model_type)
     parts = {
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
         Role.EMBEDDING: _embedding_part(vlm, examples),
-        Role.DECODER: _decoder_part(vlm, decoder, calls),
+        Role.DECODER: decoder,
     }
     return Split(parts, merge, difference)
+
+
+def split_decoder(
+    vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...], calls: list[DecoderCall]
+) -> tuple[Part, MergeSpec, float]:
+    """The decoder part, how inputs are merged for it, and by how much it differs from the whole model's `calls`.
+
+    Raises `UnsupportedModelError` as `split_model` does.
+    """
+    decoder = DecoderPart(vlm.model.get_decoder(), vlm.model.get_output_embeddings())
+    merge = with_deepstack(vlm, with_positions(vlm, _merge_spec(vlm, calls), examples, calls), calls)
+    configure(decoder, merge)
+    masks = find_masks(vlm, decoder, examples, calls)
+    decoder.blocks, decoder.logit_cap = masks.blocks, find_logit_cap(decoder, calls[-1])
+    if masks.blocks is not None:
+        merge = dataclasses.replace(merge, mask=masks.kind, extras=(*merge.extras, "block_ids"))
+    # The merge is proven on every example; the decoder gets nothing else, so the richest prompt does for it.
+    difference = _refuse_difference(vlm, "decoder and LM head", replay(decoder, calls[-1]), calls[-1].logits)
+    part = _decoder_part(vlm, decoder, calls, masks, merge)
+    if merge.extras:
+        with torch.no_grad():
+            logits = decoder(**part.examples[-1])
+        what = f"decoder with {', '.join(merge.extras)}"
+        difference = max(difference, _refuse_difference(vlm, what, logits, calls[-1].logits))
+    return part, merge, difference
 
 
 def _refuse_nan(vlm: VLM, calls: list[DecoderCall]) -> None:
@@ -61,28 +94,26 @@ def _refuse_nan(vlm: VLM, calls: list[DecoderCall]) -> None:
 
 def _merge_spec(vlm: VLM, calls: list[DecoderCall]) -> MergeSpec:
     family = vlm.facts.model_type
+    start = _first_position(calls[0])
     for call in calls:
-        if call.extras:
+        if unknown := sorted(call.extras.keys() - DEEPSTACK):
             raise UnsupportedModelError(
-                f"{family}: the decoder also takes {', '.join(sorted(call.extras))}; only families whose image "
-                "features replace token embeddings are supported yet"
+                f"{family}: the decoder also takes {', '.join(unknown)}; only families whose image features replace "
+                "token embeddings, or are added to those of early layers, are supported yet"
             )
-        mask, positions = call.kwargs.get("attention_mask"), call.kwargs.get("position_ids")
-        if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
-            raise UnsupportedModelError(f"{family}: the decoder gets its own mask (image blocks); not supported yet")
-        if positions is not None and positions.ndim == 3 and positions.shape[0] > 1:
-            raise UnsupportedModelError(f"{family}: the decoder uses 3-D positions (M-RoPE); not supported yet")
-        if positions is not None and not _counts_from_zero(positions):
-            raise UnsupportedModelError(f"{family}: positions do not count from 0: {positions.flatten()[:4].tolist()}…")
-    return MergeSpec(image_token_id=vlm.facts.image_token_id)
+        positions = call.kwargs.get("position_ids")
+        if has_axes(call):
+            continue
+        if positions is not None and not bool((positions == start + torch.arange(positions.shape[-1])).all()):
+            raise UnsupportedModelError(
+                f"{family}: positions do not count up from {start}: {positions.flatten()[:4].tolist()}…"
+            )
+    return MergeSpec(image_token_id=vlm.facts.image_token_id, position_start=start)
 
 
-def _counts_from_zero(positions: torch.Tensor) -> bool:
-    return bool((positions == torch.arange(positions.shape[-1])).all())
-
-
-def _replay_difference(vlm: VLM, decoder: DecoderPart, call: DecoderCall) -> float:
-    return _refuse_difference(vlm, "decoder and LM head", replay(decoder, call), call.logits)
+def _first_position(call: DecoderCall) -> int:
+    positions = call.kwargs.get("position_ids")
+    return 0 if positions is None else int(positions.flatten()[0])
 
 
 def _merge_difference(
@@ -95,8 +126,14 @@ def _merge_difference(
     tokens, rows = int(places.sum()), features.shape[0]
     if tokens != rows:
         raise UnsupportedModelError(f"{vlm.facts.model_type}: {tokens} image tokens in the prompt, {rows} feature rows")
-    embeds[places] = features.to(embeds.dtype)
-    return _refuse_difference(vlm, "merged embeddings", embeds, call.kwargs["inputs_embeds"])
+    hidden = embeds.shape[-1]
+    embeds[places] = features[:, :hidden].to(embeds.dtype)
+    difference = _refuse_difference(vlm, "merged embeddings", embeds, call.kwargs["inputs_embeds"])
+    if not merge.deepstack_layers:
+        return difference
+    added = features[:, hidden:].reshape(rows, merge.deepstack_layers, hidden).transpose(0, 1)
+    wanted = dense_deepstack(call)[:, places]
+    return max(difference, _refuse_difference(vlm, "features of early layers", added, wanted))
 
 
 def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -125,12 +162,19 @@ def _embedding_part(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> 
     return Part(Role.EMBEDDING, table, module_path(vlm.model, table) + ".", signature, ids)
 
 
-def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall]) -> Part:
+def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall], masks: SeenMasks, merge: MergeSpec) -> Part:
     hidden, vocab = vlm.facts.hidden_size, vlm.facts.vocab_size
+    tokens = ("batch_size", "sequence_length")
+    further = {
+        "position_ids": TensorSpec("position_ids", "int64", (AXES, *tokens)),
+        "deepstack_embeds": TensorSpec("deepstack_embeds", "float32", (merge.deepstack_layers, *tokens, hidden)),
+        "block_ids": TensorSpec("block_ids", "int64", tokens),
+    }
     signature = Signature(
         (
             TensorSpec("inputs_embeds", "float32", ("batch_size", "sequence_length", hidden)),
             TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
+            *(further[name] for name in merge.extras),
         ),
         (TensorSpec("logits", "float32", ("batch_size", "sequence_length", vocab)),),
     )
@@ -138,7 +182,9 @@ def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall]) -> P
         {
             "inputs_embeds": c.kwargs["inputs_embeds"],
             "attention_mask": torch.ones(c.logits.shape[:2], dtype=torch.int64),
+            **further_inputs(merge, c),
+            **({} if masks.blocks is None else {"block_ids": masks.ids[index]}),
         }
-        for c in calls
+        for index, c in enumerate(calls)
     )
     return Part(Role.DECODER, decoder, "", signature, examples)

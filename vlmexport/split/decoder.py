@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +13,63 @@ from vlmexport.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vlmexport.split.masks import BlockMasks
+
 # Keyword arguments that steer the call and carry no tensor of the model's semantics.
 _CONTROL = {"past_key_values", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
 
 class DecoderPart(nn.Module):
-    """Decoder and LM head: embeddings ``[B, S, H]`` in, float logits ``[B, S, vocab]`` out (no cache)."""
+    """Decoder and LM head: embeddings ``[B, S, H]`` in, float logits ``[B, S, vocab]`` out (no cache).
 
-    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
+    `blocks` says how masks follow from blocks of tokens that see each other; None for causal masks. `logit_cap`: logits
+    are ``cap * tanh(logits / cap)``; 0 for logits as the head gives them. `position_axes`: 3 for M-RoPE positions.
+    `deepstack_layers`: so many first layers get something added.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, head: nn.Module, blocks: BlockMasks | None = None, logit_cap: float = 0.0
+    ) -> None:
         super().__init__()
+        self.position_axes = 1
+        self.deepstack_layers = 0
         self.decoder = decoder
         self.head = head
+        self.blocks = blocks
+        self.logit_cap = logit_cap
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits of all positions, for a right-padded or unpadded batch."""
-        out = self.decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        logits: torch.Tensor = self.head(out.last_hidden_state)
-        return logits
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        deepstack_embeds: torch.Tensor | None = None,
+        block_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of all positions, for a right-padded or unpadded batch.
+
+        `position_ids` int64 ``[3, B, S]`` for M-RoPE, `deepstack_embeds` ``[layers, B, S, H]``, and `block_ids` int64
+        ``[B, S]`` for a part with `blocks` (`vlmexport.model.blocks`); without them everything is as for text.
+        """
+        from vlmexport.split.deepstack import deepstack_added
+
+        mask = self.masks(attention_mask, block_ids, inputs_embeds.dtype)
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        with deepstack_added(self.decoder, deepstack_embeds):
+            out = self.decoder(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, **given)
+        return self.logits(out.last_hidden_state)
+
+    def masks(self, attention_mask: torch.Tensor, block_ids: torch.Tensor | None, dtype: torch.dtype) -> Any:
+        """What the decoder takes as ``attention_mask``: the padding ``[B, T]``, or masks that hold the blocks."""
+        if self.blocks is None or block_ids is None:
+            return attention_mask
+        return self.blocks.build(block_ids, attention_mask, dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of last hidden states ``[..., H]``."""
+        logits: torch.Tensor = self.head(hidden)
+        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
 
 
 @dataclass(frozen=True)
@@ -74,54 +111,19 @@ def replay(part: DecoderPart, call: DecoderCall) -> torch.Tensor:
     """Logits of the decoder and head on the captured arguments."""
     with torch.no_grad():
         out = part.decoder(**call.kwargs)
-        logits: torch.Tensor = part.head(out.last_hidden_state)
-    return logits
+        return part.logits(out.last_hidden_state)
 
 
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
-    """Run `model` with `function` as its attention, with real 4-D additive masks, and restore it afterwards."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
+def find_logit_cap(part: DecoderPart, call: DecoderCall) -> float:
+    """The cap that the whole model puts on the logits of its head: 0, or the one that its configuration names.
 
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def check_masks_are_causal(part: DecoderPart, call: DecoderCall, family: str) -> None:
-    """Refuse a decoder whose layers see anything but a causal mask (windows come with their own argument).
-
-    Looks at the mask that transformers built for each layer, image positions included.
-    Raises `UnsupportedModelError` naming the family and the first layer that differs.
+    Not every model class applies what its configuration names, so `call`'s logits decide.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def look(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        if attention_mask is not None and not _is_causal(attention_mask, kwargs.get("sliding_window")):
-            raise UnsupportedModelError(
-                f"{family}: layer {getattr(module, 'layer_idx', '?')} uses a mask that is not causal "
-                "(image blocks or prefixes see each other); this decoder form is not supported yet"
-            )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    decoder: Any = part.decoder
-    with attention_implementation(decoder, "vlmexport_look", look):
-        replay(part, call)
-
-
-def _is_causal(mask: torch.Tensor, window: int | None) -> bool:
-    """True when the additive mask ``[B, 1, S, T]`` is exactly the causal one, cut to `window` when given."""
-    visible = mask == 0
-    length, total = mask.shape[-2:]
-    query = torch.arange(length).unsqueeze(1) + (total - length)
-    keys = torch.arange(total).unsqueeze(0)
-    expected = keys <= query
-    if window is not None:
-        expected &= keys > query - window
-    return bool((visible == expected).all())
+    config: Any = part.decoder.config
+    cap = float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    if not cap:
+        return 0.0
+    raw = replay(part, call)
+    capped = cap * torch.tanh(raw / cap)
+    near, far = ((logits - call.logits).abs().max() for logits in (capped, raw))
+    return cap if near < far else 0.0

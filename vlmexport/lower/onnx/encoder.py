@@ -24,7 +24,7 @@ from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import KeptTensor, TensorSpec
-from vlmexport.split.decoder import attention_implementation
+from vlmexport.split.attention import attention_implementation
 from vlmexport.split.parts import Part
 
 Dialect = Literal["ort", "tensorrt"]

@@ -18,7 +18,7 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.precision import FP16_MAX
-from vlmexport.split.decoder import attention_implementation
+from vlmexport.split.attention import attention_implementation
 from vlmexport.split.parts import Part
 
 _NEUTRAL = "ImageAttention"

@@ -1,0 +1,263 @@
+"""The masks that a decoder's layers get, found by looking: causal, or with blocks of tokens that see each other.
+
+transformers builds the masks before the decoder where they are not plainly causal, one for each kind of layer. They are
+rebuilt here from the prompt's ids and must be equal to the model's own, for every example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.blocks import MaskKind, block_ids
+from vlmexport.split.attention import attention_implementation
+from vlmexport.split.decoder import DecoderCall, replay
+
+if TYPE_CHECKING:
+    from vlmexport.model.load import VLM
+    from vlmexport.split.decoder import DecoderPart
+
+_KINDS: tuple[MaskKind, ...] = ("causal", "image_blocks", "prefix")
+_PADDING_AXES = 2  # a mask ``[B, T]`` of the tokens that are not padding: the decoder makes its masks of it
+# Shorter than any block of image tokens, so that it tells whether a window hides what is in a block.
+_PROBE_WINDOW = 2
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """Masks of a decoder in which tokens of one block see each other.
+
+    `windows`: the window of each mask by its name (None: no window); the name is "" where the decoder takes one tensor.
+    `cut`: a window also hides tokens of the query's own block that lie before it.
+    """
+
+    windows: tuple[tuple[str, int | None], ...]
+    cut: bool
+
+    def build(
+        self, blocks: torch.Tensor, valid: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What the decoder takes as ``attention_mask``: additive masks ``[B, 1, S, T]`` of `dtype`.
+
+        `blocks`: int64 ``[B, S]`` of the new tokens; `valid`: ``[B, T]``, 1 for each token so far that is not padding.
+        """
+        made = {}
+        for name, window in self.windows:
+            seen = visible(blocks, valid, window, cut=self.cut)
+            made[name] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return made.get("", made)
+
+
+@dataclass(frozen=True)
+class SeenMasks:
+    """What the layers see: `kind` says how the blocks follow from a prompt's ids; `blocks` is None for causal masks.
+
+    `ids` are the blocks of each example, int64 ``[1, tokens]``.
+    """
+
+    kind: MaskKind
+    blocks: BlockMasks | None
+    ids: tuple[torch.Tensor, ...] = ()
+
+
+def visible(blocks: torch.Tensor, valid: torch.Tensor, window: int | None, *, cut: bool) -> torch.Tensor:
+    """Bool ``[B, 1, S, T]``: does new token i see token j? See `BlockMasks.build`."""
+    total, length = valid.shape[1], blocks.shape[1]
+    queries, keys = torch.arange(total - length, total)[:, None], torch.arange(total)
+    whole = nn.functional.pad(blocks, (total - length, 0))
+    same = (blocks[:, :, None] == whole[:, None, :]) & (blocks > 0)[:, :, None]
+    causal = keys <= queries
+    near = torch.ones_like(causal) if window is None else keys > queries - window
+    seen = (causal | same) & near if cut else (causal & near) | same
+    return (seen & valid.bool()[:, None, :])[:, None]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What reached a layer's attention: its mask, the window that it was called with, and what no mask would mean.
+
+    `opens`: without a mask every token would see every other; else it would be the causal mask.
+    """
+
+    mask: torch.Tensor | None
+    window: int | None
+    opens: bool
+
+
+class _ReachedError(Exception):
+    """The decoder was reached; nothing behind it has to run."""
+
+
+def find_masks(
+    vlm: VLM, part: DecoderPart, examples: Sequence[dict[str, torch.Tensor]], calls: Sequence[DecoderCall]
+) -> SeenMasks:
+    """What the layers of `part` see in `calls`, which are the decoder's in the whole model on `examples`.
+
+    Raises `UnsupportedModelError` naming the family and the first layer or mask that is neither causal nor follows from
+    the prompt's blocks.
+    """
+    family = vlm.facts.model_type
+    given = [_given(call) for call in calls]
+    named = _filled(given[0], calls[0], ())
+    looked = _look(part, dataclasses.replace(calls[0], kwargs=calls[0].kwargs | _argument(named)))
+    if not named:
+        _require_causal(family, part, looked)
+        return SeenMasks("causal", None)
+    layers = _layers_by_mask(family, looked, named)
+    opens = tuple(name for name, seen in layers.items() if seen.opens)
+    windows = tuple((name, seen.window) for name, seen in layers.items())
+    reached = [_filled(masks, call, opens) for masks, call in zip(given, calls, strict=True)]
+    wrong = ""
+    for kind in _KINDS:
+        blocks = [_blocks(vlm, kind, example) for example in examples]
+        masks = BlockMasks(windows, cut=True)
+        if kind != "causal" and any(window is not None for _, window in windows):
+            masks = dataclasses.replace(masks, cut=_cuts(vlm, part, examples[0], blocks[0], masks))
+        wrong = next((w for b, n in zip(blocks, reached, strict=True) if (w := _wrong(masks, b, n))), "")
+        if not wrong:
+            return SeenMasks(kind, None if kind == "causal" else masks, tuple(blocks))
+    raise _refusal(family, wrong)
+
+
+def _given(call: DecoderCall) -> dict[str, torch.Tensor | None]:
+    """The masks that the decoder is given ready-made, by name; empty where it makes them itself."""
+    given = call.kwargs.get("attention_mask")
+    if isinstance(given, dict):
+        return given
+    return {} if given is None or given.ndim == _PADDING_AXES else {"": given}
+
+
+def _filled(given: dict[str, torch.Tensor | None], call: DecoderCall, opens: Sequence[str]) -> dict[str, torch.Tensor]:
+    """`given` with a tensor for every None, which hides nothing for the names in `opens` and is causal for others."""
+    length = call.kwargs["inputs_embeds"].shape[1]
+    everything = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return {
+        name: mask if mask is not None else everything.clone() if name in opens else everything.tril()
+        for name, mask in given.items()
+    }
+
+
+def _argument(named: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`named` as the decoder's keyword argument."""
+    return {} if not named else {"attention_mask": named.get("", named)}
+
+
+def _look(part: DecoderPart, call: DecoderCall) -> dict[int, _Seen]:
+    """What reaches the attention of each layer when the decoder is called as in `call`."""
+    found: dict[int, _Seen] = {}
+
+    def look(module: Any, query: Any, _key: Any, value: Any, mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        causal = kwargs.get("is_causal")
+        opens = not (getattr(module, "is_causal", True) if causal is None else causal)
+        found[getattr(module, "layer_idx", -1)] = _Seen(mask, kwargs.get("sliding_window"), opens)
+        batch, heads, length, _ = query.shape
+        return query.new_zeros(batch, length, heads, value.shape[-1]), None
+
+    decoder: Any = part.decoder
+    with attention_implementation(decoder, "vlmexport_look", look):
+        replay(part, call)
+    return found
+
+
+def _require_causal(family: str, part: DecoderPart, looked: dict[int, _Seen]) -> None:
+    """Refuse layers that make masks of their own which are not causal, or leave them out and are not causal then."""
+    decoder: Any = part.decoder
+    leaves_out = decoder.config._attn_implementation != "eager"
+    for layer, seen in looked.items():
+        if seen.mask is not None and not _is_causal(seen.mask, seen.window):
+            raise _refusal(family, f"layer {layer}")
+        if seen.opens and leaves_out:
+            raise _refusal(family, f"layer {layer}")
+
+
+def _layers_by_mask(family: str, looked: dict[int, _Seen], named: dict[str, torch.Tensor]) -> dict[str, _Seen]:
+    """What reached the layers that take the mask of each name; they must agree."""
+    layers: dict[str, _Seen] = {}
+    for layer, seen in looked.items():
+        names = [name for name, mask in named.items() if mask is seen.mask]
+        if not names or layers.setdefault(names[0], seen) != seen:
+            raise _refusal(family, f"layer {layer}")
+    return layers
+
+
+def _blocks(vlm: VLM, kind: MaskKind, example: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.from_numpy(block_ids(kind, example["input_ids"].numpy(), vlm.facts.image_token_id))
+
+
+def _wrong(masks: BlockMasks, blocks: torch.Tensor, named: dict[str, torch.Tensor]) -> str:
+    """Which of the masks in `named` is not the rebuilt one; "" when all are."""
+    valid = torch.ones_like(blocks)
+    for name, window in masks.windows:
+        seen = visible(blocks, valid, window, cut=masks.cut)
+        if not torch.equal(_shown(named[name]).expand_as(seen), seen):
+            return f"mask {name!r}" if name else "every layer"
+    return ""
+
+
+def _cuts(
+    vlm: VLM, part: DecoderPart, example: dict[str, torch.Tensor], blocks: torch.Tensor, masks: BlockMasks
+) -> bool:
+    """Does a window hide earlier tokens of the query's block? Seen with a window that is shorter than a block.
+
+    A block of the model's own examples may be shorter than its windows, which would leave both possible.
+    """
+    with _window(part, _PROBE_WINDOW):
+        call = _call_only(vlm, part, example)
+        named = _filled(_given(call), call, ())
+    short = tuple((name, None if window is None else _PROBE_WINDOW) for name, window in masks.windows)
+    return bool(named) and not _wrong(BlockMasks(short, cut=True), blocks, named)
+
+
+@contextmanager
+def _window(part: DecoderPart, window: int) -> Iterator[None]:
+    """Within, the model makes its masks with another window."""
+    decoder: Any = part.decoder
+    text = decoder.config.get_text_config()
+    before, text.sliding_window = text.sliding_window, window
+    try:
+        yield
+    finally:
+        text.sliding_window = before
+
+
+def _call_only(vlm: VLM, part: DecoderPart, example: dict[str, torch.Tensor]) -> DecoderCall:
+    """What the whole model calls its decoder with; the decoder does not run."""
+    seen: list[dict[str, Any]] = []
+
+    def stop(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs)
+        raise _ReachedError
+
+    handle = part.decoder.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(_ReachedError):
+            vlm.model(**example, use_cache=False)
+    finally:
+        handle.remove()
+    return DecoderCall(seen[0], torch.empty(0))
+
+
+def _is_causal(mask: torch.Tensor, window: int | None) -> bool:
+    """True when the mask ``[B, 1, S, T]`` is exactly the causal one, cut to `window` when given."""
+    length, total = mask.shape[-2:]
+    expected = visible(torch.zeros(1, length, dtype=torch.int64), torch.ones(1, total), window, cut=True)
+    return bool((_shown(mask) == expected).all())
+
+
+def _shown(mask: torch.Tensor) -> torch.Tensor:
+    """Where a boolean or additive mask lets a query see a key."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _refusal(family: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{family}: {what} uses a mask that is neither causal, nor causal with image blocks or a whole prompt whose "
+        "tokens see each other; this decoder form is not supported yet"
+    )
