@@ -23,7 +23,7 @@ Pixels = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Zoo:
-    """One family: `model` builds it (its argument is the image token's id), `pixels` are its image inputs by example."""
+    """One family: `model` builds it from the image token's id, `pixels` makes its image inputs, by example."""
 
     model: Callable[[int], Any]
     pixels: Callable[[], tuple[Pixels, ...]]
@@ -210,9 +210,14 @@ def _internvl(token: int) -> Any:
     return _build("InternVL", text_config=_text("qwen2"), vision_config=vision, image_token_id=token)
 
 
+# Layers that see everything have no rotary embedding.
+_COHERE_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_COHERE: dict[str, Any] = {"sliding_window": 16, "logit_scale": 1.0, "layer_types": _COHERE_TYPES}
+
+
 def _aya_vision(token: int) -> Any:
     return _build(
-        "AyaVision", text_config=_text("cohere2", sliding_window=16, logit_scale=1.0), image_token_index=token,
+        "AyaVision", text_config=_text("cohere2", **_COHERE), image_token_index=token,
         vision_config=_vision("siglip_vision_model"), downsample_factor=2, alignment_intermediate_size=128,
         vision_feature_layer=-1,
     )  # fmt: skip
@@ -220,7 +225,7 @@ def _aya_vision(token: int) -> Any:
 
 def _cohere2_vision(token: int) -> Any:
     return _build(
-        "Cohere2Vision", text_config=_text("cohere2", sliding_window=16, logit_scale=1.0), image_token_id=token,
+        "Cohere2Vision", text_config=_text("cohere2", **_COHERE), image_token_id=token,
         vision_config=_vision("siglip_vision_model"), downsample_factor=2, alignment_intermediate_size=128,
     )  # fmt: skip
 
@@ -298,9 +303,11 @@ def _instruct_pixels() -> tuple[Pixels, ...]:
 
 def _perception_lm(token: int) -> Any:
     vision = {
-        "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "num_features": 64, "do_pooling": False,
-        "model_args": {"img_size": [32, 32], "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "global_pool": "",
-                       "use_post_transformer_norm": False},
+        "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "num_features": 64,
+        "do_pooling": False, "model_args": {
+            "img_size": [32, 32], "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "global_pool": "",
+            "use_post_transformer_norm": False,
+        },
     }  # fmt: skip
     return _build(
         "PerceptionLM", text_config=_text("llama"), vision_config=vision, image_token_id=token,

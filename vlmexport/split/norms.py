@@ -8,6 +8,27 @@ from torch import nn
 _NORM_PROBE_LIMIT = 1e-5
 
 
+def layer_norm_of(module: nn.Module) -> tuple[float, bool] | None:
+    """``(epsilon, has_bias)`` when `module` computes ``weight * (x - mean) / deviation (+ bias)``, else None.
+
+    Found as `rms_norm_of` finds its own.
+    """
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    given = dict(module.named_parameters())
+    if not isinstance(epsilon, float) or given.keys() not in ({"weight"}, {"weight", "bias"}):
+        return None
+    if any(parameter.ndim != 1 for parameter in given.values()):
+        return None
+    values = {name: parameter.detach().float() for name, parameter in given.items()}
+    x = torch.randn(3, len(values["weight"]), generator=torch.Generator().manual_seed(0)) + 0.5
+    with torch.no_grad():
+        got = torch.func.functional_call(module, values, (x,))
+    expected = nn.functional.layer_norm(x, x.shape[-1:], values["weight"], values.get("bias"), epsilon)
+    if (got - expected).abs().max() > _NORM_PROBE_LIMIT * expected.abs().max():
+        return None
+    return epsilon, "bias" in values
+
+
 def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
     """``(epsilon, offset)`` when `module` computes ``(offset + weight) * x / rms(x)``, else None.
 

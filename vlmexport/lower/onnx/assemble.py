@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 class AttentionCall:
     """One attention of the graph under construction: inputs ``[B, heads, S, head_dim]`` and its settings.
 
+    `rotates`: rotary positions were taken out of the trace of this layer and are still to be applied.
     `packed` is set when q, k and v come straight from linears on one input: their stacked product ``[B, S, (N+2K)*D]``.
     `key_weight` and `value_weight` name the linear that k and v come straight from (None: something is in between),
     `value_makers` all linears that v depends on through no other linear.
@@ -42,6 +43,7 @@ class AttentionCall:
     window: int
     past_key: ir.Value
     past_value: ir.Value
+    rotates: bool = True
     layer: int = 0
     key_weight: str | None = None
     value_weight: str | None = None
@@ -135,6 +137,7 @@ def cut_regions(graph: ir.Graph) -> Regions:
     """Cut `graph` at its layer brackets; refuses work between two layers, which a repetition would lose."""
     kind_of: dict[ir.Value, int] = {}
     done: set[ir.Value] = set()
+    _check_rotary(graph)
     regions = Regions([], {}, [])
     for node in graph:
         inside = {kind_of[v] for v in node.inputs if v in kind_of}
@@ -160,6 +163,18 @@ def cut_regions(graph: ir.Graph) -> Regions:
     return regions
 
 
+def _check_rotary(graph: ir.Graph) -> None:
+    """Refuse a trace in which rotated queries or keys reach attention through something else."""
+    for node in graph:
+        if node.domain != DOMAIN or node.op_type != "Rotary":
+            continue
+        readers = [reader for reader, _ in node.outputs[0].uses()]
+        if any((reader.domain, reader.op_type) != (DOMAIN, "Attention") for reader in readers):
+            raise UnsupportedModelError(
+                "the decoder changes queries or keys after their rotary embedding; use --attention standard"
+            )
+
+
 def _is_bracket(value: ir.Value | None, op: str) -> bool:
     node = value.producer() if value is not None else None
     return node is not None and node.domain == DOMAIN and node.op_type == op
@@ -179,6 +194,9 @@ class DecoderAssembler:
     constants: dict[ir.Value, ir.Value] = field(default_factory=dict)
     flat: dict[ir.Value, ir.Value] = field(default_factory=dict)  # traced 4-D attention output -> its 3-D form
     presents: list[ir.Value] = field(default_factory=list)
+    weights: dict[ir.Value, str] = field(default_factory=dict)  # traced parameter that copied nodes read -> its name
+    stored: dict[str, ir.Value] = field(default_factory=dict)  # name of such a parameter -> its initializer
+    place: tuple[int, int] = (0, 0)  # the layer that is being emitted, and the traced one that stands for it
 
     @property
     def float_type(self) -> ir.DataType:
@@ -191,6 +209,8 @@ class DecoderAssembler:
         for value in graph.inputs:
             if value.name in inputs:
                 self.names[value] = inputs[value.name]
+            else:
+                self.weights[value] = str(value.name)
         regions = cut_regions(graph)
         self._emit_all(regions.before, "before.", 0, 0, pasts)
         current: ir.Value | None = None
@@ -209,10 +229,11 @@ class DecoderAssembler:
     def _emit_all(
         self, nodes: list[ir.Node], prefix: str, layer: int, kind: int, pasts: list[tuple[ir.Value, ir.Value]]
     ) -> None:
+        self.place = (layer, kind)
         for node in nodes:
             if node.domain != DOMAIN:
                 self._copy(node, prefix)
-            elif node.op_type in ("LayerIn", "LayerOut"):
+            elif node.op_type in ("LayerIn", "LayerOut", "Rotary"):
                 self.names[node.outputs[0]] = self._new(node.inputs[0])
             elif node.op_type == "Linear":
                 ref = self._linear_ref(node, layer, kind)
@@ -220,6 +241,8 @@ class DecoderAssembler:
                 self._define(node.outputs[0], product, prefix, product.dtype)
             elif node.op_type == "RMSNorm":
                 self._norm(node, prefix, layer, kind)
+            elif node.op_type == "LayerNorm":
+                self._layer_norm(node, prefix, layer, kind)
             elif node.op_type == "Attention":
                 self._attention(node, prefix, layer, kind, pasts[layer])
             else:
@@ -229,10 +252,18 @@ class DecoderAssembler:
         value = _required(value)
         if value.const_value is not None and value.producer() is None:
             return self._constant(value)
+        if value in self.weights:
+            return self._weight(self._weight_name(self.weights[value], *self.place))
         found = self.names[value]
         while found in self.replaced:
             found = self.replaced[found]
         return found
+
+    def _weight(self, name: str) -> ir.Value:
+        """A parameter that a copied node reads, in the activation type."""
+        if name not in self.stored:
+            self.stored[name] = self.linears.constant(name, self.linears.weights.tensor(name))
+        return self.stored[name]
 
     def _constant(self, value: ir.Value) -> ir.Value:
         if value not in self.constants:
@@ -299,8 +330,24 @@ class DecoderAssembler:
         normed.type, normed.shape = x.type, x.shape
         self._define(node.outputs[0], cast(self.tape, normed, self.float_type), prefix)
 
+    def _layer_norm(self, node: ir.Node, prefix: str, layer: int, kind: int) -> None:
+        x = self._new(node.inputs[0])
+        if self.dialect.wide_norms:
+            x = cast(self.tape, x, ir.DataType.FLOAT)
+        inputs = [x]
+        for key in ("weight", "bias"):
+            if name := node.attributes[key].as_string():
+                name = self._weight_name(name, layer, kind)
+                inputs.append(self.linears.constant(name, self.linears.weights.tensor(name), x.dtype))
+        attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
+        normed = self.tape.op("LayerNormalization", inputs, attributes)
+        normed.type, normed.shape = x.type, x.shape
+        self._define(node.outputs[0], cast(self.tape, normed, self.float_type), prefix)
+
     def _attention(self, node: ir.Node, prefix: str, layer: int, kind: int, past: tuple[ir.Value, ir.Value]) -> None:
         query, key, value = (_required(v) for v in node.inputs)
+        rotates = self._rotates(query, key)
+        query, key = _unrotated(query), _unrotated(key)
         heads, head_dim = _static(query, 1), _static(query, 3)
         call = AttentionCall(
             query=cast(self.tape, self._new(query), self.float_type),
@@ -315,6 +362,7 @@ class DecoderAssembler:
             window=node.attributes["window"].as_int(),
             past_key=past[0],
             past_value=past[1],
+            rotates=rotates,
             layer=layer,
             key_weight=self._weight_behind(key, layer, kind),
             value_weight=self._weight_behind(value, layer, kind),
@@ -324,6 +372,13 @@ class DecoderAssembler:
         self._present(result.present_key, past[0], f"present.{layer}.key")
         self._present(result.present_value, past[1], f"present.{layer}.value")
         self._output(node.outputs[0], result.output, heads, head_dim, prefix)
+
+    def _rotates(self, query: ir.Value, key: ir.Value) -> bool:
+        """Was the rotary embedding of this attention taken out? Refuses what does not rotate just before attention."""
+        marked = _unrotated(query) is not query, _unrotated(key) is not key
+        if marked[0] != marked[1]:
+            raise UnsupportedModelError("an attention rotates its queries or its keys alone, which no operator does")
+        return marked[0]
 
     def _present(self, present: ir.Value, past: ir.Value, name: str) -> None:
         dims = list(_required(past.shape))
@@ -343,7 +398,7 @@ class DecoderAssembler:
         return None if linear is None else self._linear_ref(linear, layer, kind).weight
 
     def _packed(self, node: ir.Node, layer: int, kind: int) -> ir.Value | None:
-        linears = [_linear_behind(v) for v in node.inputs]
+        linears = [_linear_behind(_unrotated(_required(v))) for v in node.inputs]
         if any(n is None for n in linears):
             return None
         nodes = [_required(n) for n in linears]
@@ -420,6 +475,13 @@ def _static(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise UnsupportedModelError(f"attention input {value.name} has no fixed size on axis {axis}")
     return size
+
+
+def _unrotated(value: ir.Value) -> ir.Value:
+    """What was marked as rotated, or `value` itself."""
+    node = value.producer()
+    marked = node is not None and node.domain == DOMAIN and node.op_type == "Rotary"
+    return _required(node.inputs[0]) if node is not None and marked else value
 
 
 def _linears_before(value: ir.Value | None) -> list[ir.Node]:

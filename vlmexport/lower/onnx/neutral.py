@@ -5,6 +5,8 @@ whole-model parameter name and carry no data, so a trace is small and independen
 
 - ``Linear(x) -> y``: attributes `weight`, `bias` (names, ``""`` for none), `in_features`, `out_features`
 - ``RMSNorm(x) -> y``: attributes `weight`, `epsilon`, `offset` (1.0 for ``1 + w`` norms)
+- ``LayerNorm(x) -> y``: attributes `weight`, `bias` (``""`` for none), `epsilon`
+- ``Rotary(x) -> x``: where the rotary embedding of a query or key was taken out of the trace
 - ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]``
   out; attributes `layer`, `scale`, `softcap`, `window`
 - ``LayerIn(x) -> x``, ``LayerOut(x) -> x``: brackets around decoder layer `layer`
@@ -32,6 +34,16 @@ def linear(x: torch.Tensor, weight: str, bias: str, in_features: int, out_featur
 def rms_norm(x: torch.Tensor, weight: str, epsilon: float, offset: float) -> torch.Tensor:
     """Emit ``RMSNorm`` over the last axis."""
     return _symbolic("RMSNorm", [x], {"weight": weight, "epsilon": epsilon, "offset": offset}, list(x.shape))
+
+
+def layer_norm(x: torch.Tensor, weight: str, bias: str, epsilon: float) -> torch.Tensor:
+    """Emit ``LayerNorm`` over the last axis."""
+    return _symbolic("LayerNorm", [x], {"weight": weight, "bias": bias, "epsilon": epsilon}, list(x.shape))
+
+
+def rotary(x: torch.Tensor) -> torch.Tensor:
+    """Emit ``Rotary`` for a query or key ``[batch, heads, sequence, head_dim]``."""
+    return _symbolic("Rotary", [x], {}, list(x.shape))
 
 
 def attention(

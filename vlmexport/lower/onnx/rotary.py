@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx import neutral
 
 _FUNCTION = "apply_rotary_pos_emb"
 _LIMIT = 1e-5
@@ -34,10 +35,13 @@ class Rotary:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Let ``apply_rotary_pos_emb`` of the modeling module return q and k unchanged."""
+        """Let ``apply_rotary_pos_emb`` of the modeling module mark q and k and leave them as they are.
+
+        The marks tell layers that rotate from layers that do not.
+        """
         module = sys.modules[self.modeling]
         original = getattr(module, _FUNCTION)
-        setattr(module, _FUNCTION, lambda q, k, *_args, **_kwargs: (q, k))
+        setattr(module, _FUNCTION, lambda q, k, *_args, **_kwargs: (neutral.rotary(q), neutral.rotary(k)))
         try:
             yield
         finally:

@@ -24,9 +24,10 @@ from torch import nn
 from vlmexport.lower.onnx import neutral
 from vlmexport.lower.onnx.rotary import Rotary, probe_rotary
 from vlmexport.split.decoder import DecoderPart
-from vlmexport.split.layers import find_layers, layer_kinds, overridden
+from vlmexport.split.kinds import proven_kinds
+from vlmexport.split.layers import find_layers, overridden
 from vlmexport.split.names import module_path
-from vlmexport.split.norms import rms_norm_of
+from vlmexport.split.norms import layer_norm_of, rms_norm_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     decoder: Any = part.decoder
     attribute, layers = find_layers(decoder)
     paths = tuple(module_path(model, layer) for layer in layers)
-    kind_of = layer_kinds(layers) if repeat else tuple(range(len(layers)))
+    kind_of = proven_kinds(decoder, layers) if repeat else tuple(range(len(layers)))
     rotary = probe_rotary(decoder, layers[0]) if fuse_rotary else None
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
@@ -61,7 +62,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         if rotary is not None:
             stack.enter_context(rotary.removed())
         stack.enter_context(_only_layers(decoder, attribute, sorted(set(kind_of))))
-        graph = _export(decoder)
+        graph = _export(model, decoder)
     return TracedDecoder(graph, kind_of, paths, rotary)
 
 
@@ -106,6 +107,10 @@ def _neutral_modules(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
             elif (norm := rms_norm_of(module)) is not None:
                 epsilon, offset = norm
                 forward = functools.partial(neutral.rms_norm, weight=f"{path}.weight", epsilon=epsilon, offset=offset)
+                stack.enter_context(overridden(module, forward))
+            elif (norm := layer_norm_of(module)) is not None:
+                bias = f"{path}.bias" if norm[1] else ""
+                forward = functools.partial(neutral.layer_norm, weight=f"{path}.weight", bias=bias, epsilon=norm[0])
                 stack.enter_context(overridden(module, forward))
         yield
 
@@ -160,17 +165,33 @@ class _Trunk(nn.Module):
         return hidden
 
 
-def _export(decoder: Any) -> ir.Graph:
+def _export(model: nn.Module, decoder: Any) -> ir.Graph:
+    """The graph; parameters that it reads itself are inputs with their whole-model names, so that none is folded."""
     hidden = decoder.config.get_text_config().hidden_size
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     shapes = {"inputs_embeds": {0: batch, 1: length}, "position_ids": {0: batch, 1: length}}
     inputs = {"inputs_embeds": torch.zeros(2, 3, hidden), "position_ids": torch.arange(3).expand(2, 3).contiguous()}
     with quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
-            _Trunk(decoder), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, optimize=True, verbose=False
+            _Trunk(decoder), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
         )
+        _name_weights(program.model.graph, model, decoder)
+        program.optimize()
     graph: ir.Graph = program.model.graph
     return graph
+
+
+def _name_weights(graph: ir.Graph, model: nn.Module, decoder: nn.Module) -> None:
+    paths = {id(module): path for path, module in model.named_modules()}
+    own = {
+        f"decoder.{local}.{name}" if local else f"decoder.{name}": f"{paths[id(module)]}.{name}"
+        for local, module in decoder.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    for value in [v for v in graph.initializers.values() if v.name in own]:
+        graph.initializers.pop(str(value.name))
+        value.name, value.const_value = own[str(value.name)], None
+        graph.inputs.append(value)
 
 
 @contextmanager

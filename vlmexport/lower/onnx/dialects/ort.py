@@ -92,7 +92,8 @@ class OrtDialect(GrowingCache):
             )
         )
         shared = self.shared
-        lengths = [shared["seqlens_k"], shared["total"], shared["cos"], shared["sin"]]
+        tables = [shared["cos"], shared["sin"]] if call.rotates else [None, None]
+        lengths = [shared["seqlens_k"], shared["total"], *tables]
         scales, cache = self._cache(call)
         outputs = tape.op_multi_out(
             "GroupQueryAttention",
@@ -103,7 +104,7 @@ class OrtDialect(GrowingCache):
                 "scale": call.scale,
                 "softcap": call.softcap,
                 "local_window_size": call.window,
-                "do_rotary": 1,
+                "do_rotary": int(call.rotates),
                 "rotary_interleaved": int(self.rotary.interleaved),
                 **cache,
             },

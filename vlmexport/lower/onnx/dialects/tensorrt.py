@@ -123,9 +123,9 @@ class TensorRTDialect:
                 f"attention scores are capped at {call.softcap:g} (softcap), which TensorRT's Attention cannot do; "
                 "`vlmexport onnx` writes a form of this model for ONNX Runtime"
             )
-        key = self._write(tape, call.past_key, self._rotate(tape, call.key))
+        query, key = ((self._rotate(tape, x) if call.rotates else x) for x in (call.query, call.key))
+        key = self._write(tape, call.past_key, key)
         value = self._write(tape, call.past_value, call.value)
-        query = self._rotate(tape, call.query)
         out = tape.op("Attention", [query, key, value, self._mask(tape, call.window)], {"scale": call.scale})
         width = call.heads * call.head_dim
         shape = tape.initializer(ir.tensor([0, 0, width], dtype=_INT64, name=f"layers.{call.layer}.attention.shape"))
