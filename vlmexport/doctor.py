@@ -132,7 +132,9 @@ def _tensorrt(target: Target) -> Finding:
     device = f"{status.name}, {status.compute_capability}" if status.present else status.reason
     works = bool(found) and status.present
     detail = f"exports can be made and judged here; engines run where the GPU is ({have}; {device})"
-    return Finding("targets", target.name, works, detail, "" if found else "pip install 'vlmexport[rtx]'")
+    elsewhere = "copy an export to the machine with the GPU and run `vlmexport verify DIR` there"
+    fix = elsewhere if found else "pip install 'vlmexport[rtx]'"
+    return Finding("targets", target.name, works, detail, "" if works else fix)
 
 
 def _without_llama_cpp() -> str:
