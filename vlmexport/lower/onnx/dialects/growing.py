@@ -8,24 +8,31 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmexport.lower.onnx.weights import typed_value
+from vlmexport.split.masks import BlockMasks
 
 _INT64 = ir.DataType.INT64
 
 
 class GrowingCache:
-    """The inputs and outputs of decoders that are given an attention mask and a cache of the past tokens alone."""
+    """The inputs and outputs of decoders that are given an attention mask and a cache of the past tokens alone.
+
+    `blocks`: where tokens of one block see each other, the decoder takes their ``block_ids``, too.
+    """
 
     ir_version: int = 10
     domains: Mapping[str, int] = {"com.microsoft": 1}
     cache_lengths: tuple[int | str, int | str] = ("past_sequence_length", "total_sequence_length")
     wide_norms: bool = False
+    blocks: BlockMasks | None = None
 
     def inputs(self, kind: ir.DataType, hidden_size: int) -> dict[str, ir.Value]:
         """Embeddings, mask of all tokens so far, positions of the new ones, and how many rows of logits to make."""
+        tokens = ["batch_size", "sequence_length"]
         return {
-            "inputs_embeds": typed_value("inputs_embeds", kind, ["batch_size", "sequence_length", hidden_size]),
+            "inputs_embeds": typed_value("inputs_embeds", kind, [*tokens, hidden_size]),
             "attention_mask": typed_value("attention_mask", _INT64, ["batch_size", "total_sequence_length"]),
-            "position_ids": typed_value("position_ids", _INT64, ["batch_size", "sequence_length"]),
+            "position_ids": typed_value("position_ids", _INT64, tokens),
+            **({} if self.blocks is None else {"block_ids": typed_value("block_ids", _INT64, tokens)}),
             "num_logits_to_keep": typed_value("num_logits_to_keep", _INT64, []),
         }
 

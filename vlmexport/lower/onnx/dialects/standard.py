@@ -2,6 +2,7 @@
 
 Used where left padding is needed. Positions are an input, the rotary embedding is part of the trace, and the mask is
 built in the graph: query i sees key j when ``j <= past + i``, j is valid in ``attention_mask`` and within the window.
+Tokens of one block see each other, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
+from vlmexport.split.masks import BlockMasks
 
 _INT64 = ir.DataType.INT64
 
@@ -22,6 +25,7 @@ class StandardDialect(GrowingCache):
     """The ``standard`` form of a decoder."""
 
     opset: int
+    blocks: BlockMasks | None = None
     needs_position_ids: bool = True
     packs_qkv: bool = False
     cache_type: ir.DataType | None = None
@@ -43,6 +47,8 @@ class StandardDialect(GrowingCache):
         slots = tape.op("Mul", [mask, keys])
         last = tape.op("ReduceMax", [slots, column], {"keepdims": 0})
         self.shared = {"keys": keys, "queries": queries, "valid": valid, "causal": causal}
+        if self.blocks is not None:
+            self.shared["same"] = same_block(tape, inputs["block_ids"], behind_past(tape, inputs["block_ids"], past))
         self.shared["last_valid"] = tape.op("Max", [tape.op("Sub", [last, past]), zero])
 
     def last_valid(self, tape: Tape) -> ir.Value:
@@ -69,10 +75,18 @@ class StandardDialect(GrowingCache):
     def _mask(self, tape: Tape, window: int) -> ir.Value:
         """Boolean ``[B, 1, S, T]`` for a window (-1: none), made once."""
         if window not in self.windows:
-            seen = self.shared["causal"]
-            if window > 0:
-                width = tape.initializer(ir.tensor(window, dtype=_INT64, name=f"mask.window.{window}"))
-                oldest = tape.op("Sub", [self.shared["queries"], width])
-                seen = tape.op("And", [seen, tape.op("Greater", [self.shared["keys"], oldest])])
-            self.windows[window] = tape.op("And", [seen, self.shared["valid"]])
+            self.windows[window] = tape.op("And", [self._seen(tape, window), self.shared["valid"]])
         return self.windows[window]
+
+    def _seen(self, tape: Tape, window: int) -> ir.Value:
+        """`_mask`, padding included."""
+        width = None
+        if window > 0:
+            width = tape.initializer(ir.tensor(window, dtype=_INT64, name=f"mask.window.{window}"))
+        keys, queries = self.shared["keys"], self.shared["queries"]
+        if self.blocks is not None:
+            return visible(tape, self.blocks, width, queries, keys, self.shared["same"])
+        if width is None:
+            return self.shared["causal"]
+        near = tape.op("Greater", [keys, tape.op("Sub", [queries, width])])
+        return tape.op("And", [self.shared["causal"], near])

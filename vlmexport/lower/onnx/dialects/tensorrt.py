@@ -15,10 +15,12 @@ from onnx_ir.tape import Tape
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialects.blocks import same_block, visible
 from vlmexport.lower.onnx.linear import LinearEmitter, cast, dtype_of
 from vlmexport.lower.onnx.rotary import Rotary
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import typed_value
+from vlmexport.split.masks import BlockMasks
 
 _INT64 = ir.DataType.INT64
 
@@ -35,6 +37,7 @@ class TensorRTDialect:
     opset: int
     cache_length: int
     rotary: Rotary | None
+    blocks: BlockMasks | None = None
     packs_qkv: bool = False
     wide_norms: bool = True
     cache_type: ir.DataType | None = None
@@ -66,10 +69,12 @@ class TensorRTDialect:
         return self.rotary is None
 
     def inputs(self, kind: ir.DataType, hidden_size: int) -> dict[str, ir.Value]:
-        """Embeddings, the slot of each row's first new token, and which new tokens get logits."""
+        """Embeddings, the slot of each row's first new token, its blocks, and which new tokens get logits."""
+        tokens = ["batch_size", "sequence_length"]
         return {
-            "inputs_embeds": typed_value("inputs_embeds", kind, ["batch_size", "sequence_length", hidden_size]),
+            "inputs_embeds": typed_value("inputs_embeds", kind, [*tokens, hidden_size]),
             "write_indices": typed_value("write_indices", _INT64, ["batch_size"]),
+            **({} if self.blocks is None else {"block_ids": typed_value("block_ids", _INT64, tokens)}),
             "logits_positions": typed_value("logits_positions", _INT64, ["batch_size", "kept_length"]),
         }
 
@@ -92,10 +97,22 @@ class TensorRTDialect:
             "queries": tape.op("Unsqueeze", [slots, heads]),  # [B, 1, S, 1]
             "keys": tape.initializer(ir.tensor(range(self.cache_length), dtype=_INT64, name="slots.cache")),
         }
+        if self.blocks is not None:
+            new = inputs["block_ids"]
+            self.shared["same"] = same_block(tape, new, self._slot_blocks(tape, new, first, length))
         if self.rotary is not None:
             cos, sin = self.rotary.cos[: self.cache_length], self.rotary.sin[: self.cache_length]
             self.shared["cos"] = self.linears.constant("rotary.cos", cos, ir.DataType.FLOAT)
             self.shared["sin"] = self.linears.constant("rotary.sin", sin, ir.DataType.FLOAT)
+
+    def _slot_blocks(self, tape: Tape, new: ir.Value, first: ir.Value, length: ir.Value) -> ir.Value:
+        """Ids ``[B, C]`` of all slots: those of the new tokens ``[B, S]`` from slot `first` ``[B, 1]`` on, else 0."""
+        zero, one = (tape.initializer(ir.tensor(n, dtype=_INT64, name=f"blocks.{n}")) for n in (0, 1))
+        offsets = tape.op("Sub", [self.shared["keys"], first])
+        last = tape.op("Sub", [length, one])
+        inside = tape.op("Max", [tape.op("Min", [offsets, last]), zero])
+        ids = tape.op("GatherElements", [new, inside], {"axis": 1})
+        return tape.op("Where", [tape.op("Equal", [offsets, inside]), ids, zero])
 
     def positions(self, inputs: dict[str, ir.Value]) -> ir.Value:
         """The slots of the new tokens."""
@@ -148,10 +165,14 @@ class TensorRTDialect:
     def _mask(self, tape: Tape, window: int) -> ir.Value:
         """Boolean ``[B, 1, S, C]`` for a window (-1: none), made once: True where query i sees slot j."""
         if window not in self.windows:
-            keys, queries = self.shared["keys"], self.shared["queries"]
-            seen = tape.op("LessOrEqual", [keys, queries])
+            keys, queries, width = self.shared["keys"], self.shared["queries"], None
             if window > 0:
                 width = tape.initializer(ir.tensor(window, dtype=_INT64, name=f"slots.window.{window}"))
+            if self.blocks is not None:
+                self.windows[window] = visible(tape, self.blocks, width, queries, keys, self.shared["same"])
+                return self.windows[window]
+            seen = tape.op("LessOrEqual", [keys, queries])
+            if width is not None:
                 seen = tape.op("And", [seen, tape.op("Greater", [keys, tape.op("Sub", [queries, width])])])
             self.windows[window] = seen
         return self.windows[window]
