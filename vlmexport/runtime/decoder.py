@@ -210,7 +210,8 @@ class DecoderSession:
     ) -> Array:
         graph = len(self.sessions) - 1 if sequence.shape[1] > 1 else 0
         rows = []
-        for chunk, end, kept in self._chunks(graph, mask, sequence.shape[1], keep):
+        whole = "block_ids" in further and bool(further["block_ids"].any())  # a block is never cut
+        for chunk, end, kept in self._chunks(0 if whole else graph, mask, sequence.shape[1], keep):
             tokens = np.arange(chunk.start, chunk.stop)
             part = {n: a.take(tokens, axis=token_axis(n, a)) for n, a in further.items()}
             feed = self._inputs(sequence[:, chunk], mask[:, :end], part, kept)

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from vlmexport.split.masks import BlockMasks
 
 # Keyword arguments that steer the call and carry no tensor of the model's semantics.
-_CONTROL = {"past_key_values", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+_CONTROL = {
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "logits_to_keep",
+}
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
 
@@ -54,17 +61,22 @@ class DecoderPart(nn.Module):
         """
         from vlmexport.split.deepstack import deepstack_added
 
-        mask = self.masks(attention_mask, block_ids, inputs_embeds.dtype)
+        mask = self.masks(attention_mask, block_ids, inputs_embeds)
         given = {} if position_ids is None else {"position_ids": position_ids}
         with deepstack_added(self.decoder, deepstack_embeds):
             out = self.decoder(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, **given)
         return self.logits(out.last_hidden_state)
 
-    def masks(self, attention_mask: torch.Tensor, block_ids: torch.Tensor | None, dtype: torch.dtype) -> Any:
-        """What the decoder takes as ``attention_mask``: the padding ``[B, T]``, or masks that hold the blocks."""
-        if self.blocks is None or block_ids is None:
+    def masks(self, attention_mask: torch.Tensor, block_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> Any:
+        """What the decoder takes as ``attention_mask`` for new tokens ``[B, S, H]``.
+
+        The padding ``[B, T]``, or masks that hold the blocks; without `block_ids` the new tokens are in none.
+        """
+        if self.blocks is None:
             return attention_mask
-        return self.blocks.build(block_ids, attention_mask, dtype)
+        if block_ids is None:
+            block_ids = attention_mask.new_zeros(inputs_embeds.shape[:2])
+        return self.blocks.build(block_ids, attention_mask, inputs_embeds.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states ``[..., H]``."""
@@ -85,8 +97,24 @@ class DecoderCall:
         return {k: v for k, v in self.kwargs.items() if v is not None and k not in _CONTROL | _KNOWN}
 
 
+def text_decoder(model: PreTrainedModel) -> Any:
+    """The module of `model` that makes the last hidden states: its decoder, without the LM head that that may have.
+
+    Raises `UnsupportedModelError` for a language model that has an encoder of its own.
+    """
+    decoder: Any = model.get_decoder()
+    if decoder.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: its language model ({decoder.config.model_type}) is an encoder-decoder; only "
+            "decoder-only language models can be exported"
+        )
+    while decoder.get_output_embeddings() is not None and decoder.get_decoder() is not decoder:
+        decoder = decoder.get_decoder()
+    return decoder
+
+
 def capture_decoder_call(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> DecoderCall:
-    """Run the full model once on `inputs` and keep what reached ``model.get_decoder()``."""
+    """Run the full model once on `inputs` and keep what reached its `text_decoder`."""
     seen: list[dict[str, Any]] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,7 +122,7 @@ def capture_decoder_call(model: PreTrainedModel, inputs: dict[str, torch.Tensor]
             raise UnsupportedModelError(f"{model.config.model_type}: the decoder is called with positional arguments")
         seen.append(dict(kwargs))
 
-    handle = model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
+    handle = text_decoder(model).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits
