@@ -54,7 +54,7 @@ def test_a_decoder_that_scales_its_embeddings_elsewhere_is_refused(tiny_llava: P
     ("argument", "value", "message"),
     [
         ("deepstack_visual_embeds", torch.zeros(1), "the decoder also takes deepstack_visual_embeds"),
-        ("position_ids", torch.zeros(3, 1, 40, dtype=torch.int64), "3-D positions"),
+        ("position_ids", torch.zeros(3, 1, 40, dtype=torch.int64), "its inputs have no image_grid_thw"),
         ("position_ids", torch.arange(0, 80, 2)[None], "positions do not count up from 0"),
     ],
 )

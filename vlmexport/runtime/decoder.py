@@ -68,8 +68,8 @@ class DecoderSession:
     """One decoder graph and the bookkeeping of its caches.
 
     `session` may take ``inputs_embeds`` or ``input_ids``; ``num_logits_to_keep`` and the inputs of `BATCH_AXIS` are fed
-    when the graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``).
-    `prompt`, when given, computes every call of more than one token, `chunk` tokens at a time where there is no padding.
+    when the graph declares them. `device` is onnxruntime's device name of the KV buffers (``cpu`` or ``cuda``). When
+    given, `prompt` computes every call of more than one token, `chunk` tokens at a time where there is no padding.
     """
 
     def __init__(

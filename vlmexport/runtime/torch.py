@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from vlmexport.runtime.protocol import (
     named_features,
     next_shift,
 )
-from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.decoder import DecoderPart, text_decoder
 from vlmexport.split.deepstack import deepstack_added
-from vlmexport.split.features import feature_rows
+from vlmexport.split.features import feature_rows, find_feature_call
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -78,9 +77,9 @@ class TorchRunner:
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
         """Image features ``[image_tokens, hidden]`` by the model's own ``get_image_features``."""
-        function = self.model.get_image_features
-        names = [n for n in inspect.signature(function).parameters if n in pixel_inputs]
-        out = self._call(function, **{n: self._tensor(pixel_inputs[n]) for n in names})
+        tensors = {name: self._tensor(array) for name, array in pixel_inputs.items()}
+        ask = find_feature_call(self.model, self.merge_spec.image_token_id, tensors)
+        out = self._call(ask, tensors)
         return _array(feature_rows(out, self.merge_spec.deepstack_layers))
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
@@ -124,11 +123,12 @@ class TorchRunner:
             cache.position_shift = next_shift(positions, new, cache.lengths)
             positions = np.broadcast_to(positions, (AXES, *new.shape))
         tensors = {name: self._tensor(array) for name, array in given.items()}
+        embeds = self._tensor(inputs_embeds)
         with deepstack_added(self._decoder.decoder, tensors.get("deepstack_embeds")):
             out = self._call(
                 self._decoder.decoder,
-                inputs_embeds=self._tensor(inputs_embeds),
-                attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), self.dtype),
+                inputs_embeds=embeds,
+                attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), embeds),
                 position_ids=self._tensor(positions),
                 past_key_values=cache.past,
                 use_cache=True,
@@ -176,7 +176,7 @@ class TorchRunner:
         module = None if self.split is None else self._part("decoder").module
         if isinstance(module, DecoderPart):
             return module
-        return DecoderPart(self.model.get_decoder(), self.model.get_output_embeddings())
+        return DecoderPart(text_decoder(self.model), self.model.get_output_embeddings())
 
     def _part(self, role: str) -> Part:
         if self.split is None:
@@ -184,7 +184,7 @@ class TorchRunner:
         return {r.value: part for r, part in self.split.parts.items()}[role]
 
     def _tensor(self, array: Array) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     @staticmethod

@@ -11,14 +11,21 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.positions import AXES
-from vlmexport.split.decoder import DecoderCall, DecoderPart, capture_decoder_call, find_logit_cap, replay
+from vlmexport.split.decoder import (
+    DecoderCall,
+    DecoderPart,
+    capture_decoder_call,
+    find_logit_cap,
+    replay,
+    text_decoder,
+)
 from vlmexport.split.examples import processor_examples
 from vlmexport.split.masks import SeenMasks, find_masks
 from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part, Role, Signature, Split
 from vlmexport.split.positions import (
-    DEEPSTACK,
     configure,
+    deepstack_arguments,
     dense_deepstack,
     further_inputs,
     has_axes,
@@ -65,7 +72,7 @@ def split_decoder(
 
     Raises `UnsupportedModelError` as `split_model` does.
     """
-    decoder = DecoderPart(vlm.model.get_decoder(), vlm.model.get_output_embeddings())
+    decoder = DecoderPart(text_decoder(vlm.model), vlm.model.get_output_embeddings())
     merge = with_deepstack(vlm, with_positions(vlm, _merge_spec(vlm, calls), examples, calls), calls)
     configure(decoder, merge)
     masks = find_masks(vlm, decoder, examples, calls)
@@ -96,7 +103,7 @@ def _merge_spec(vlm: VLM, calls: list[DecoderCall]) -> MergeSpec:
     family = vlm.facts.model_type
     start = _first_position(calls[0])
     for call in calls:
-        if unknown := sorted(call.extras.keys() - DEEPSTACK):
+        if unknown := sorted(call.extras.keys() - deepstack_arguments(call)):
             raise UnsupportedModelError(
                 f"{family}: the decoder also takes {', '.join(unknown)}; only families whose image features replace "
                 "token embeddings, or are added to those of early layers, are supported yet"

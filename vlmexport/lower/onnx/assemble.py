@@ -13,6 +13,8 @@ from onnx_ir.tape import Tape
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
 from vlmexport.lower.onnx.neutral import DOMAIN
+from vlmexport.lower.onnx.regions import cut_regions
+from vlmexport.lower.onnx.rotation import Rotations
 from vlmexport.lower.onnx.trace import TracedDecoder
 from vlmexport.lower.onnx.weights import typed_value
 from vlmexport.model.kv import KVGeometry
@@ -124,62 +126,6 @@ class Dialect(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Regions:
-    """A traced graph cut at its brackets: nodes before the layers, each kind's template, nodes after them."""
-
-    before: list[ir.Node]
-    templates: dict[int, list[ir.Node]]
-    after: list[ir.Node]
-
-
-def cut_regions(graph: ir.Graph) -> Regions:
-    """Cut `graph` at its layer brackets; refuses work between two layers, which a repetition would lose."""
-    kind_of: dict[ir.Value, int] = {}
-    done: set[ir.Value] = set()
-    _check_rotary(graph)
-    regions = Regions([], {}, [])
-    for node in graph:
-        inside = {kind_of[v] for v in node.inputs if v in kind_of}
-        if node.domain == DOMAIN and node.op_type == "LayerIn":
-            source = node.inputs[0]
-            if regions.templates and not _is_bracket(source, "LayerOut"):
-                raise UnsupportedModelError("the decoder works between its layers; such layers cannot be repeated")
-            inside = {node.attributes["layer"].as_int()}
-            regions.templates[min(inside)] = []
-        if len(inside) > 1:
-            raise UnsupportedModelError("a decoder layer reads a value from inside another layer")
-        if inside:
-            kind = min(inside)
-            regions.templates[kind].append(node)
-            leaves = node.domain == DOMAIN and node.op_type == "LayerOut"
-            done.update(node.outputs if leaves else ())
-            kind_of.update({} if leaves else dict.fromkeys(node.outputs, kind))
-        elif any(v in done for v in node.inputs):
-            regions.after.append(node)
-            done.update(node.outputs)
-        else:
-            regions.before.append(node)
-    return regions
-
-
-def _check_rotary(graph: ir.Graph) -> None:
-    """Refuse a trace in which rotated queries or keys reach attention through something else."""
-    for node in graph:
-        if node.domain != DOMAIN or node.op_type != "Rotary":
-            continue
-        readers = [reader for reader, _ in node.outputs[0].uses()]
-        if any((reader.domain, reader.op_type) != (DOMAIN, "Attention") for reader in readers):
-            raise UnsupportedModelError(
-                "the decoder changes queries or keys after their rotary embedding; use --attention standard"
-            )
-
-
-def _is_bracket(value: ir.Value | None, op: str) -> bool:
-    node = value.producer() if value is not None else None
-    return node is not None and node.domain == DOMAIN and node.op_type == op
-
-
 @dataclass
 class DecoderAssembler:
     """Builds one decoder graph from a trace; see `assemble_decoder`."""
@@ -197,6 +143,9 @@ class DecoderAssembler:
     weights: dict[ir.Value, str] = field(default_factory=dict)  # traced parameter that copied nodes read -> its name
     stored: dict[str, ir.Value] = field(default_factory=dict)  # name of such a parameter -> its initializer
     place: tuple[int, int] = (0, 0)  # the layer that is being emitted, and the traced one that stands for it
+
+    def __post_init__(self) -> None:
+        self.rotations = Rotations(self.tape)
 
     @property
     def float_type(self) -> ir.DataType:
@@ -243,6 +192,10 @@ class DecoderAssembler:
                 self._norm(node, prefix, layer, kind)
             elif node.op_type == "LayerNorm":
                 self._layer_norm(node, prefix, layer, kind)
+            elif node.op_type == "Rotation":
+                x, cos, sin = (self._new(v) for v in node.inputs)
+                turned = self.rotations.emit(node, cast(self.tape, x, self.float_type), cos, sin)
+                self._define(node.outputs[0], turned, prefix)
             elif node.op_type == "Attention":
                 self._attention(node, prefix, layer, kind, pasts[layer])
             else:
@@ -412,15 +365,22 @@ class DecoderAssembler:
 
 
 def assemble_decoder(
-    traced: TracedDecoder, kv: KVGeometry, hidden_size: int, head: LinearRef, dialect: Dialect, linears: LinearEmitter
+    traced: TracedDecoder,
+    kv: KVGeometry,
+    hidden_size: int,
+    head: LinearRef,
+    dialect: Dialect,
+    linears: LinearEmitter,
+    logit_cap: float = 0.0,
 ) -> ir.Model:
     """The decoder graph of docs/manifest.md, its large weights still to come from ``linears.groups``.
 
-    `head` is the LM head. Raises `UnsupportedModelError` for a trace that cannot be repeated.
+    `head` is the LM head; its logits become ``cap * tanh(logits / cap)`` where `logit_cap` is not 0. Raises
+    `UnsupportedModelError` for a trace that cannot be repeated.
     """
     build = DecoderAssembler(traced, kv, dialect, linears)
     kind = linears.float_type
-    inputs = dialect.inputs(kind, hidden_size)
+    inputs = _with_further_inputs(dialect.inputs(kind, hidden_size), traced, kind)
     past_dims: list[int | str] = ["batch_size", kv.heads, dialect.cache_lengths[0], kv.head_dim]
     pasts = [
         (
@@ -431,16 +391,31 @@ def assemble_decoder(
     ]
     dialect.prologue(build.tape, inputs, pasts[0][0])
     embeds, positions = inputs["inputs_embeds"], dialect.positions(inputs)
-    hidden = build.hidden_states({"inputs_embeds": embeds, "position_ids": positions}, pasts)
+    hidden = build.hidden_states({**inputs, "inputs_embeds": embeds, "position_ids": positions}, pasts)
     kept = dialect.kept_rows(build.tape, hidden, inputs)
     logits = linears.emit(build.tape, kept, (head,), head.weight)
     logits = cast(build.tape, logits, ir.DataType.FLOAT)
+    if logit_cap:
+        cap = build.tape.initializer(ir.tensor(logit_cap, dtype=ir.DataType.FLOAT, name="logits.cap"))
+        logits = build.tape.op("Mul", [build.tape.op("Tanh", [build.tape.op("Div", [logits, cap])]), cap])
     logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["batch_size", "kept_length", head.out_features])
     if not dialect.needs_position_ids:
         _take_sizes_from(embeds, positions)
         inputs.pop("position_ids", None)
     return _model(build, [*inputs.values(), *(v for pair in pasts for v in pair)], [logits, *build.presents])
+
+
+def _with_further_inputs(inputs: dict[str, ir.Value], traced: TracedDecoder, kind: ir.DataType) -> dict[str, ir.Value]:
+    """`inputs` with what the trace takes beside them: positions on three axes, what early layers add."""
+    made = dict(inputs)
+    for value in traced.graph.inputs:
+        dims = [d if isinstance(d, int) else str(d) for d in _required(value.shape)]
+        if value.name == "position_ids" and len(dims) > 2 and "position_ids" in made:
+            made["position_ids"].shape = ir.Shape(dims)
+        elif value.name == "deepstack_embeds":
+            made[value.name] = typed_value(value.name, kind, dims)
+    return made
 
 
 def _model(build: DecoderAssembler, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:

@@ -17,13 +17,14 @@ from vlmexport.lower.onnx.dialects.standard import StandardDialect
 from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect
 from vlmexport.lower.onnx.dq import DequantizeEmitter
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
-from vlmexport.lower.onnx.rotary import probe_rotary
+from vlmexport.lower.onnx.rotary import RotaryOperator, probe_rotary
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
 from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.layers import find_layers
+from vlmexport.split.masks import BlockMasks
 from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part
 from vlmexport.target import Target
@@ -31,7 +32,7 @@ from vlmexport.target import Target
 FLOAT_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 # A sixteenth of the largest float16: what the examples show is not the largest that users will see.
 FP16_SAFE = 65504 / 16
-# Attention with past and present came to the standard operators with this opset.
+# Attention with past and present, and rotation by tables, came to the standard operators with this opset.
 _STANDARD_OPSET = 23
 
 
@@ -61,14 +62,21 @@ def lower_decoder(
     module = part.module
     if not isinstance(module, DecoderPart):
         raise TypeError(f"the decoder part holds a {type(module).__name__}")
+    if target.onnx.dialect == "tensorrt" and (module.position_axes > 1 or module.deepstack_layers):
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: its decoder takes positions on {module.position_axes} axes and features for "
+            f"{module.deepstack_layers} early layers, which the tensorrt layout does not have yet; `vlmexport onnx` "
+            "writes a form of this model for ONNX Runtime"
+        )
     traced = trace_decoder(vlm.model, module, fuse_rotary=_fuses_rotary(plan, module), repeat=repeat)
     kind = FLOAT_TYPES[plan.decoder_dtype]
     wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part, weights)
     emitter = DequantizeEmitter if target.onnx.dialect == "tensorrt" else LinearEmitter
     linears = emitter(weights, plan, kind, target.onnx.accuracy_level, wide)
     head = lm_head(vlm, module)
-    dialect = choose_dialect(traced, linears, target)
-    graph = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears)
+    dialect = choose_dialect(traced, linears, target, module.blocks)
+    cap = module.logit_cap
+    graph = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
     return DecoderGraph(graph, linears, traced, _cache_scales(dialect))
 
 
@@ -109,8 +117,12 @@ def wide_linears(vlm: VLM, part: Part, weights: DecoderWeights) -> frozenset[str
     return frozenset(name for name, peak in peaks.items() if not peak <= FP16_SAFE)
 
 
-def choose_dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target) -> Dialect:
+def choose_dialect(
+    traced: TracedDecoder, linears: LinearEmitter, target: Target, blocks: BlockMasks | None = None
+) -> Dialect:
     """The dialect of `target` that says what was traced: `OrtDialect` where the rotary embedding was taken out.
+
+    `blocks` are the decoder part's.
 
     Raises `BadInputError` for a static cache without a length, or with one that the model's positions do not reach.
     """
@@ -118,10 +130,16 @@ def choose_dialect(traced: TracedDecoder, linears: LinearEmitter, target: Target
         length = linears.plan.options.cache_length
         if length is None:
             raise BadInputError("TensorRT's decoder has a static cache; its length is missing (--max-seq)")
-        return TensorRTDialect(linears, target.onnx.opset, length, traced.rotary)
+        rotary = traced.rotary
+        if isinstance(rotary, RotaryOperator):
+            raise ValueError("positions on several axes have no form in TensorRT's dialect")
+        return TensorRTDialect(linears, target.onnx.opset, length, rotary, blocks)
     if traced.rotary is not None:
-        return OrtDialect(traced.rotary, linears, target.onnx.opset, linears.weights.cache_peaks)
-    return StandardDialect(max(_STANDARD_OPSET, target.onnx.opset))
+        opset = target.onnx.opset
+        if isinstance(traced.rotary, RotaryOperator):
+            opset = max(_STANDARD_OPSET, opset)
+        return OrtDialect(traced.rotary, linears, opset, linears.weights.cache_peaks, blocks)
+    return StandardDialect(max(_STANDARD_OPSET, target.onnx.opset), blocks)
 
 
 def _cache_scales(dialect: Dialect) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,9 @@ whole-model parameter name and carry no data, so a trace is small and independen
 - ``Rotary(x) -> x``: where the rotary embedding of a query or key was taken out of the trace
 - ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]``
   out; attributes `layer`, `scale`, `softcap`, `window`
+- ``Rotation(x, cos, sin) -> y``: rotary positions of x ``[batch, heads, sequence, head_dim]`` by tables ``[batch,
+  sequence, width]`` that hold every number twice; attributes `interleaved` (pairs are neighbours, not half a width
+  apart) and `doubled` (``halves`` or ``neighbours``: where in the tables a number's second place is)
 - ``LayerIn(x) -> x``, ``LayerOut(x) -> x``: brackets around decoder layer `layer`
 """
 
@@ -53,6 +56,12 @@ def attention(
     batch, heads, length, head_dim = query.shape
     attrs = {"layer": layer, "scale": scale, "softcap": softcap, "window": window}
     return _symbolic("Attention", [query, key, value], attrs, [batch, length, heads, head_dim])
+
+
+def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, doubled: str) -> torch.Tensor:
+    """Emit ``Rotation`` of queries or keys."""
+    attrs = {"interleaved": int(interleaved), "doubled": doubled}
+    return _symbolic("Rotation", [x, cos, sin], attrs, list(x.shape))
 
 
 def bracket(x: torch.Tensor, op: str, layer: int) -> torch.Tensor:

@@ -7,9 +7,10 @@ same numbers on random input (RoFormer, arXiv:2104.09864; half-split as in GPT-N
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +34,79 @@ class Rotary:
     interleaved: bool
     modeling: str
 
-    @contextmanager
-    def removed(self) -> Iterator[None]:
+    def emitted(self) -> AbstractContextManager[None]:
         """Let ``apply_rotary_pos_emb`` of the modeling module mark q and k and leave them as they are.
 
         The marks tell layers that rotate from layers that do not.
         """
-        module = sys.modules[self.modeling]
-        original = getattr(module, _FUNCTION)
-        setattr(module, _FUNCTION, lambda q, k, *_args, **_kwargs: (neutral.rotary(q), neutral.rotary(k)))
-        try:
-            yield
-        finally:
-            setattr(module, _FUNCTION, original)
+        return _overridden(self.modeling, lambda q, k, *_args, **_kwargs: (neutral.rotary(q), neutral.rotary(k)))
+
+
+@dataclass(frozen=True)
+class RotaryOperator:
+    """A rotation by tables that the decoder computes from the positions it is given, as an operator of its own.
+
+    `doubled` says how a table ``[B, S, width]`` holds each number twice: ``halves`` or ``neighbours``.
+    """
+
+    interleaved: bool
+    doubled: str
+    modeling: str
+
+    def emitted(self) -> AbstractContextManager[None]:
+        """Let ``apply_rotary_pos_emb`` of the modeling module emit the neutral operator."""
+
+        def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_a: Any, **_k: Any) -> Any:
+            return tuple(neutral.rotation(x, cos, sin, self.interleaved, self.doubled) for x in (q, k))
+
+        return _overridden(self.modeling, apply)
+
+
+@contextmanager
+def _overridden(modeling: str, function: Callable[..., Any]) -> Iterator[None]:
+    module = sys.modules[modeling]
+    original = getattr(module, _FUNCTION)
+    setattr(module, _FUNCTION, function)
+    try:
+        yield
+    finally:
+        setattr(module, _FUNCTION, original)
+
+
+def probe_operator(decoder: Any, layer: nn.Module, axes: int) -> RotaryOperator:
+    """Check that the operator's formula reproduces the decoder's rotation at positions ``[axes, B, S]``.
+
+    Raises `UnsupportedModelError` (naming ``--attention standard`` as the way out) when it does not.
+    """
+    apply, modeling, head_dim = _function(decoder, layer)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 1000, (axes, 2, 7), generator=generator)
+    with torch.no_grad():
+        cos, sin = _rotary_module(decoder, layer)(torch.zeros(1, 1, 1), positions)
+    pair = [torch.randn(2, 3, 7, head_dim, generator=generator) for _ in range(2)]
+    if cos.ndim == 3 and cos.shape[-1] <= head_dim:
+        got = apply(*pair, cos, sin)
+        for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
+            tables = [_once(table, doubled).unsqueeze(1) for table in (cos, sin)]
+            wanted = [_turned(x, *tables, interleaved) for x in pair]
+            if all((g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
+                return RotaryOperator(interleaved, doubled, modeling)
+    raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
+
+
+def _once(table: torch.Tensor, doubled: str) -> torch.Tensor:
+    """Each number of a table ``[..., width]`` once."""
+    return table[..., ::2] if doubled == "neighbours" else table[..., : table.shape[-1] // 2]
+
+
+def _function(decoder: Any, layer: nn.Module) -> tuple[Callable[..., Any], str, int]:
+    """The function that rotates queries and keys, the module that it is in, and the size of a head."""
+    attention = next((m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")), None)
+    modeling = type(attention).__module__ if attention is not None else ""
+    apply = getattr(sys.modules.get(modeling), _FUNCTION, None)
+    if apply is None:
+        raise _refusal(decoder, f"its attention does not call {_FUNCTION}")
+    return apply, modeling, int(getattr(attention, "head_dim", 0))
 
 
 def probe_rotary(decoder: Any, layer: nn.Module) -> Rotary:
@@ -53,11 +114,7 @@ def probe_rotary(decoder: Any, layer: nn.Module) -> Rotary:
 
     Raises `UnsupportedModelError` (naming ``--attention standard`` as the way out) when it does not.
     """
-    attention = next((m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")), None)
-    modeling = type(attention).__module__ if attention is not None else ""
-    apply = getattr(sys.modules.get(modeling), _FUNCTION, None)
-    if apply is None:
-        raise _refusal(decoder, f"its attention does not call {_FUNCTION}")
+    apply, modeling, head_dim = _function(decoder, layer)
     module = _rotary_module(decoder, layer)
     text = decoder.config.get_text_config()
     cos, sin = _tables(decoder, module, text.max_position_embeddings)
@@ -65,7 +122,7 @@ def probe_rotary(decoder: Any, layer: nn.Module) -> Rotary:
         halves = (
             (cos[:, ::2], sin[:, ::2]) if interleaved else (cos[:, : cos.shape[1] // 2], sin[:, : sin.shape[1] // 2])
         )
-        if _matches(apply, cos, sin, halves, interleaved, int(getattr(attention, "head_dim", 0))):
+        if _matches(apply, cos, sin, halves, interleaved, head_dim):
             return Rotary(halves[0].contiguous(), halves[1].contiguous(), interleaved, modeling)
     raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
 
@@ -74,8 +131,11 @@ def rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
     """The operator's formula: rotate the first ``2 * cos.shape[1]`` of the head dims of x ``[B, N, S, D]``."""
-    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    width = 2 * cos.shape[1]
+    return _turned(x, cos[positions].unsqueeze(1), sin[positions].unsqueeze(1), interleaved)
+
+
+def _turned(x: torch.Tensor, c: torch.Tensor, s: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    width = 2 * c.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
     if interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]

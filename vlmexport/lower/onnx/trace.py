@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from vlmexport.lower.onnx import neutral
-from vlmexport.lower.onnx.rotary import Rotary, probe_rotary
+from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, probe_operator, probe_rotary
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.kinds import proven_kinds
 from vlmexport.split.layers import find_layers, overridden
@@ -34,15 +34,16 @@ from vlmexport.split.norms import layer_norm_of, rms_norm_of
 class TracedDecoder:
     """A neutral graph and how it repeats.
 
-    `graph` takes ``inputs_embeds`` and ``position_ids`` and gives the last hidden state ``[B, S, H]``. `kind_of[i]` is
-    the index of the traced layer that stands for layer i; `layer_paths[i]` the whole-model path of layer i. `rotary` is
-    set when rotary positions were taken out of the trace, for an attention operator that applies them.
+    `graph` takes ``inputs_embeds``, ``position_ids`` and the further inputs of the family, and gives the last hidden
+    state ``[B, S, H]``. `kind_of[i]` is the index of the traced layer that stands for layer i; `layer_paths[i]` the
+    whole-model path of layer i. `rotary` is set when the rotation was taken out of the trace: for an attention operator
+    that applies tables of it, or as an operator of its own.
     """
 
     graph: ir.Graph
     kind_of: tuple[int, ...]
     layer_paths: tuple[str, ...]
-    rotary: Rotary | None
+    rotary: Rotary | RotaryOperator | None
 
 
 def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
@@ -54,44 +55,72 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     decoder: Any = part.decoder
     attribute, layers = find_layers(decoder)
     paths = tuple(module_path(model, layer) for layer in layers)
-    kind_of = proven_kinds(decoder, layers) if repeat else tuple(range(len(layers)))
-    rotary = probe_rotary(decoder, layers[0]) if fuse_rotary else None
+    kind_of = _kinds(decoder, layers, part.deepstack_layers) if repeat else tuple(range(len(layers)))
+    axes = part.position_axes
+    rotary = None
+    if fuse_rotary:
+        rotary = probe_rotary(decoder, layers[0]) if axes == 1 else probe_operator(decoder, layers[0], axes)
+    deepstack = _Deepstack()
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
         stack.enter_context(_neutral_attention(decoder))
         if rotary is not None:
-            stack.enter_context(rotary.removed())
-        stack.enter_context(_only_layers(decoder, attribute, sorted(set(kind_of))))
-        graph = _export(model, decoder)
+            stack.enter_context(rotary.emitted())
+        stack.enter_context(_only_layers(decoder, attribute, sorted(set(kind_of)), deepstack))
+        trunk = _Trunk(decoder, deepstack)
+        graph = _export(model, trunk, _trace_inputs(decoder, axes, part.deepstack_layers))
     return TracedDecoder(graph, kind_of, paths, rotary)
 
 
+@dataclass
+class _Deepstack:
+    """What the running trace adds to its first layers' results: ``[layers, B, S, H]``."""
+
+    embeds: torch.Tensor | None = None
+
+    def added(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """`hidden` ``[B, S, H]`` of `layer` with its part."""
+        return hidden if self.embeds is None or layer >= len(self.embeds) else hidden + self.embeds[layer]
+
+
+def _kinds(decoder: Any, layers: nn.ModuleList, deepstack_layers: int) -> tuple[int, ...]:
+    """`proven_kinds`, but a layer that something is added behind stands for itself alone."""
+    kinds = proven_kinds(decoder, layers)
+    first: dict[int, int] = {}
+    alone = tuple(range(deepstack_layers))
+    return alone + tuple(first.setdefault(kinds[i], i) for i in range(deepstack_layers, len(kinds)))
+
+
 @contextmanager
-def _only_layers(decoder: nn.Module, attribute: str, indices: list[int]) -> Iterator[None]:
+def _only_layers(decoder: nn.Module, attribute: str, indices: list[int], deepstack: _Deepstack) -> Iterator[None]:
     layers = getattr(decoder, attribute)
     config: Any = decoder.config
     text = config.get_text_config()
-    count = text.num_hidden_layers
+    count, types = text.num_hidden_layers, getattr(text, "layer_types", None)
     setattr(decoder, attribute, nn.ModuleList([layers[i] for i in indices]))
     text.num_hidden_layers = len(indices)
+    if types is not None:  # decoders look a layer's mask and rotary table up by its place in the list
+        text.layer_types = [types[i] for i in indices]
     with ExitStack() as stack:
         for i in indices:
-            stack.enter_context(overridden(layers[i], _bracketed(layers[i], i)))
+            stack.enter_context(overridden(layers[i], _bracketed(layers[i], i, deepstack)))
         try:
             yield
         finally:
             setattr(decoder, attribute, layers)
             text.num_hidden_layers = count
+            if types is not None:
+                text.layer_types = types
 
 
-def _bracketed(layer: nn.Module, index: int) -> Callable[..., Any]:
+def _bracketed(layer: nn.Module, index: int, deepstack: _Deepstack) -> Callable[..., Any]:
     forward = layer.forward
 
     def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = forward(neutral.bracket(hidden, "LayerIn", index), *args, **kwargs)
-        if isinstance(out, tuple):
-            return (neutral.bracket(out[0], "LayerOut", index), *out[1:])
-        return neutral.bracket(out, "LayerOut", index)
+        result = deepstack.added(out[0] if isinstance(out, tuple) else out, index)
+        result = neutral.bracket(result, "LayerOut", index)
+        return (result, *out[1:]) if isinstance(out, tuple) else result
 
     return run
 
@@ -155,27 +184,50 @@ def _neutral_attention(decoder: Any) -> Iterator[None]:
 
 
 class _Trunk(nn.Module):
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, deepstack: _Deepstack) -> None:
         super().__init__()
         self.decoder = decoder
+        self.deepstack = deepstack
 
-    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, deepstack_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.deepstack.embeds = deepstack_embeds
         out = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 
 
-def _export(model: nn.Module, decoder: Any) -> ir.Graph:
-    """The graph; parameters that it reads itself are inputs with their whole-model names, so that none is folded."""
+@dataclass(frozen=True)
+class _TraceInputs:
+    """Example inputs of a trace by name, and which of their axes are the batch and the tokens."""
+
+    tensors: dict[str, torch.Tensor]
+    batch_axes: dict[str, int]
+
+
+def _trace_inputs(decoder: Any, axes: int, deepstack_layers: int) -> _TraceInputs:
     hidden = decoder.config.get_text_config().hidden_size
+    positions = torch.arange(3).expand(2, 3)
+    inputs = _TraceInputs({"inputs_embeds": torch.zeros(2, 3, hidden)}, {"inputs_embeds": 0, "position_ids": 0})
+    inputs.tensors["position_ids"] = positions.contiguous()
+    if axes > 1:
+        inputs.tensors["position_ids"] = positions.expand(axes, 2, 3).contiguous()
+        inputs.batch_axes["position_ids"] = 1
+    if deepstack_layers:
+        inputs.tensors["deepstack_embeds"] = torch.zeros(deepstack_layers, 2, 3, hidden)
+        inputs.batch_axes["deepstack_embeds"] = 1
+    return inputs
+
+
+def _export(model: nn.Module, trunk: _Trunk, inputs: _TraceInputs) -> ir.Graph:
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
-    shapes = {"inputs_embeds": {0: batch, 1: length}, "position_ids": {0: batch, 1: length}}
-    inputs = {"inputs_embeds": torch.zeros(2, 3, hidden), "position_ids": torch.arange(3).expand(2, 3).contiguous()}
+    shapes = {name: {axis: batch, axis + 1: length} for name, axis in inputs.batch_axes.items()}
     with quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
-            _Trunk(decoder), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
+            trunk, kwargs=inputs.tensors, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
         )
-        _name_weights(program.model.graph, model, decoder)
+        _name_weights(program.model.graph, model, trunk.decoder)
         program.optimize()
     graph: ir.Graph = program.model.graph
     return graph

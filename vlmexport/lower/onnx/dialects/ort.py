@@ -16,10 +16,12 @@ from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter
-from vlmexport.lower.onnx.rotary import Rotary
+from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator
 from vlmexport.quantize.kv_cache import CachePeaks
+from vlmexport.split.masks import BlockMasks
 
 
 @dataclass
@@ -27,16 +29,24 @@ class OrtDialect(GrowingCache):
     """The ``gqa`` form of a decoder.
 
     With `cache_peaks` the cache is INT8; `cache_scales` holds the scales (keys, values) of the layers emitted so far.
+    With `blocks` the operator applies no mask of its own: all of it (causal, window, padding) is in its bias, which is
+    made once for each window.
     """
 
-    rotary: Rotary
+    rotary: Rotary | RotaryOperator
     linears: LinearEmitter
     opset: int
     cache_peaks: CachePeaks | None = None
-    needs_position_ids: bool = False
+    blocks: BlockMasks | None = None
     packs_qkv: bool = True
     shared: dict[str, ir.Value] = field(default_factory=dict)
+    biases: dict[int, ir.Value] = field(default_factory=dict)
     cache_scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def needs_position_ids(self) -> bool:
+        """True where the rotation is an operator of its own, by tables that are computed from positions."""
+        return isinstance(self.rotary, RotaryOperator)
 
     @property
     def cache_type(self) -> ir.DataType | None:
@@ -57,8 +67,33 @@ class OrtDialect(GrowingCache):
             "seqlens_k": tape.op("Cast", [last], {"to": int(ir.DataType.INT32)}),
             "total": tape.op("Cast", [total], {"to": int(ir.DataType.INT32)}),
             "last_valid": tape.op("Max", [tape.op("Sub", [last, past]), zero]),
-            "cos": self.linears.constant("rotary.cos", self.rotary.cos),
-            "sin": self.linears.constant("rotary.sin", self.rotary.sin),
+        }
+        if isinstance(self.rotary, Rotary):
+            self.shared["cos"] = self.linears.constant("rotary.cos", self.rotary.cos)
+            self.shared["sin"] = self.linears.constant("rotary.sin", self.rotary.sin)
+        if self.blocks is not None:
+            self._blocks(tape, inputs["block_ids"], valid, (zero, past, length, total))
+
+    def _blocks(
+        self, tape: Tape, new: ir.Value, valid: ir.Value, sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value]
+    ) -> None:
+        """Slots of queries ``[B, 1, S, 1]`` and keys ``[T]``, which keys are valid, and which share a block.
+
+        A row's new tokens sit behind its own valid ones, or from slot 0 in a first call, where `valid` counts them.
+        """
+        zero, past, length, total = sizes
+        one = tape.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name="slots.1"))
+        heads = tape.initializer(ir.tensor([1, 3], dtype=ir.DataType.INT64, name="slots.heads"))
+        rows = tape.initializer(ir.tensor([1, 2, 3], dtype=ir.DataType.INT64, name="slots.rows"))
+        column = tape.initializer(ir.tensor([1], dtype=ir.DataType.INT64, name="slots.column"))
+        keys = tape.op("Range", [zero, total, one])
+        first = tape.op("Max", [tape.op("Sub", [valid, length]), zero])
+        slots = tape.op("Add", [tape.op("Unsqueeze", [first, column]), tape.op("Range", [zero, length, one])])
+        self.shared |= {
+            "keys": keys,
+            "queries": tape.op("Unsqueeze", [slots, heads]),
+            "valid": tape.op("Less", [keys, tape.op("Unsqueeze", [valid, rows])]),
+            "same": same_block(tape, new, behind_past(tape, new, past)),
         }
 
     def last_valid(self, tape: Tape) -> ir.Value:
@@ -95,15 +130,19 @@ class OrtDialect(GrowingCache):
         tables = [shared["cos"], shared["sin"]] if call.rotates else [None, None]
         lengths = [shared["seqlens_k"], shared["total"], *tables]
         scales, cache = self._cache(call)
+        inputs, masking = [*lengths, *scales], {"local_window_size": call.window}
+        if self.blocks is not None:
+            inputs = [*lengths, None, self._bias(tape, call.window), *scales[2:]]
+            masking = {"causal": 0}
         outputs = tape.op_multi_out(
             "GroupQueryAttention",
-            [query, key, value, call.past_key, call.past_value, *lengths, *scales],
+            [query, key, value, call.past_key, call.past_value, *inputs],
             {
                 "num_heads": call.heads,
                 "kv_num_heads": call.kv_heads,
                 "scale": call.scale,
                 "softcap": call.softcap,
-                "local_window_size": call.window,
+                **masking,
                 "do_rotary": int(call.rotates),
                 "rotary_interleaved": int(self.rotary.interleaved),
                 **cache,
@@ -112,6 +151,21 @@ class OrtDialect(GrowingCache):
             num_outputs=3,
         )
         return AttentionResult(outputs[0], outputs[1], outputs[2])
+
+    def _bias(self, tape: Tape, window: int) -> ir.Value:
+        """Attention bias ``[B, 1, S, T]`` of the activation type for a window (-1: none), made once."""
+        if self.blocks is not None and window not in self.biases:
+            kind, shared = self.linears.float_type, self.shared
+            width = None
+            if window > 0:
+                width = tape.initializer(ir.tensor(window, dtype=ir.DataType.INT64, name=f"slots.window.{window}"))
+            seen = visible(tape, self.blocks, width, shared["queries"], shared["keys"], shared["same"])
+            if "shown" not in shared:
+                shared["shown"] = tape.initializer(ir.tensor(0.0, dtype=kind, name="bias.shown"))
+                shared["hidden"] = tape.initializer(ir.tensor(float("-inf"), dtype=kind, name="bias.hidden"))
+            seen = tape.op("And", [seen, shared["valid"]])
+            self.biases[window] = tape.op("Where", [seen, shared["shown"], shared["hidden"]])
+        return self.biases[window]
 
     def _cache(self, call: AttentionCall) -> tuple[list[ir.Value | None], dict[str, int | str]]:
         """Inputs 9 to 13 and the attributes of a quantized cache; nothing for a cache of floats."""
