@@ -121,26 +121,26 @@ def test_renamed_modules_still_split(tiny_llava: Path) -> None:
 
 def test_features_packed_after_the_projector_are_refused(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = load_vlm(str(tiny_llava))
-    original = vlm.model.get_image_features
+    original = vlm.model.base_model.get_image_features
 
-    def packed(pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def packed(pixel_values: torch.Tensor, **_: object) -> list[torch.Tensor]:
         rows = original(pixel_values).pooler_output
         return [torch.cat([r, r.new_zeros(1, r.shape[-1])]) for r in rows]
 
-    monkeypatch.setattr(vlm.model, "get_image_features", packed)
+    monkeypatch.setattr(vlm.model.base_model, "get_image_features", packed)
     with pytest.raises(UnsupportedModelError, match="llava: no module computes the image features"):
         _split(vlm)
 
 
 def test_features_changed_for_some_pictures_only_are_refused(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = load_vlm(str(tiny_llava))
-    original = vlm.model.get_image_features
+    original = vlm.model.base_model.get_image_features
 
-    def scaled(pixel_values: torch.Tensor) -> torch.Tensor:
+    def scaled(pixel_values: torch.Tensor, **_: object) -> torch.Tensor:
         rows = torch.cat(list(original(pixel_values).pooler_output))
         return rows if len(pixel_values) == 1 else rows * 1.5
 
-    monkeypatch.setattr(vlm.model, "get_image_features", scaled)
+    monkeypatch.setattr(vlm.model.base_model, "get_image_features", scaled)
     with pytest.raises(UnsupportedModelError, match=r"llava: the replayed projector differs .* by 3\.3"):
         _split(vlm)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
+from vlmexport.split.features import feature_rows, find_feature_call
 
 IMAGE = "<image>"
 HIDDEN, VOCAB = 128, 320
@@ -41,7 +42,7 @@ def zoo_examples(family: str, model: Any, image_token: int) -> tuple[dict[str, t
     generator = torch.Generator().manual_seed(1)
     examples = []
     for pixels in ZOO[family].pixels():
-        rows = feature_rows(model, pixels)
+        rows = count_rows(model, image_token, pixels)
         before, after = (torch.randint(10, VOCAB - 60, (1, n), generator=generator) for n in (3, 5))
         ids = torch.cat([before, torch.full((1, rows), image_token), after], dim=1)
         examples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
@@ -49,12 +50,10 @@ def zoo_examples(family: str, model: Any, image_token: int) -> tuple[dict[str, t
 
 
 @torch.no_grad()
-def feature_rows(model: Any, pixels: Mapping[str, torch.Tensor]) -> int:
+def count_rows(model: Any, image_token: int, pixels: Mapping[str, torch.Tensor]) -> int:
     """How many image tokens `pixels` stand for."""
-    out = model.get_image_features(**pixels)
-    features = getattr(out, "pooler_output", out)
-    rows = list(features) if isinstance(features, list | tuple) else [features]
-    return sum(row.reshape(-1, row.shape[-1]).shape[0] for row in rows)
+    out = find_feature_call(model, image_token, pixels)(pixels)
+    return len(feature_rows(out, 0))
 
 
 def _text(kind: str, **more: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vlmexport.calibrate.dataset import CalibrationSample
 from vlmexport.calibrate.recipe import Recipe
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.runtime.prompt import special_tokens
+from vlmexport.split.decoder import text_decoder
 from vlmexport.split.examples import load_processor
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def _capture(vlm: VLM, inputs: _Inputs) -> Batch:
         seen.append(dict(kwargs))
         raise _DecoderReachedError
 
-    decoder: Any = vlm.model.get_decoder()
+    decoder = text_decoder(vlm.model)
     handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.progress import Progress
 from vlmexport.quantize.kv_cache import CachePeaks, LayerPeaks
 from vlmexport.quantize.weights import DecoderWeights
+from vlmexport.split.decoder import text_decoder
 
 if TYPE_CHECKING:
     from vlmexport.calibrate.capture import Batch
@@ -42,7 +43,7 @@ def with_cache_peaks(
     found = load_samples(dataclasses.replace(recipe, samples=min(recipe.samples, MOST_SAMPLES)))
     with progress.stage("look at the KV cache") as stage:
         batches = _told(capture_batches(vlm, found.samples, found.recipe), stage.advance)
-        peaks = observe_cache(vlm.model.get_decoder(), vlm.facts.kv, batches)
+        peaks = observe_cache(text_decoder(vlm.model), vlm.facts.kv, batches)
     return dataclasses.replace(weights, cache_peaks=peaks), {**(report or {}), "kv_cache": found.to_dict()}
 
 

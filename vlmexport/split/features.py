@@ -2,10 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vlmexport.errors import UnsupportedModelError
+
+_FUNCTION = "get_image_features"
+
+
+@dataclass(frozen=True)
+class FeatureCall:
+    """How the whole model asks for its image features: the function, and by which names it gets the model's inputs.
+
+    `arguments`: input of the whole model (what a processor makes) to the argument that it is given as.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, str]
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """The function's result for those of `inputs` that it takes."""
+        return self.function(**{argument: inputs[name] for name, argument in self.arguments.items() if name in inputs})
+
+
+def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.Tensor]) -> FeatureCall:
+    """See what the whole model gives ``get_image_features`` (its own or its base model's) for `inputs`.
+
+    The model is run up to that call and no further. `inputs` may lack the text.
+    Raises `UnsupportedModelError` when there is no such function, or it is given something else than inputs.
+    """
+    family = model.config.model_type
+    base = getattr(model, "base_model", model)
+    owners = [owner for owner in ((model,) if base is model else (model, base)) if hasattr(owner, _FUNCTION)]
+    if not owners:
+        raise UnsupportedModelError(f"{family}: the model has no {_FUNCTION}, so it cannot be cut")
+    tokens = torch.full((1, 1), image_token)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **inputs}
+    try:
+        with torch.no_grad(), _stopped(owners):
+            model(**given, use_cache=False)
+    except _SeenError as seen:
+        return FeatureCall(seen.function, _arguments(family, seen, inputs))
+    raise UnsupportedModelError(
+        f"{family}: the model does not call {_FUNCTION} for the inputs {sorted(inputs)}, so it cannot be cut"
+    )
+
+
+class _SeenError(Exception):
+    """Carries a call out of the model."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(_FUNCTION)
+        self.function = function
+        self.given = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+
+
+@contextmanager
+def _stopped(owners: Sequence[Any]) -> Iterator[None]:
+    """Within, asking one of `owners` for image features raises `_SeenError`."""
+
+    def stop(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            raise _SeenError(function, args, kwargs)
+
+        return run
+
+    before = [owner.__dict__.get(_FUNCTION) for owner in owners]
+    for owner in owners:
+        owner.__dict__[_FUNCTION] = stop(getattr(owner, _FUNCTION))
+    try:
+        yield
+    finally:
+        for owner, function in zip(owners, before, strict=True):
+            del owner.__dict__[_FUNCTION]
+            owner.__dict__.update({} if function is None else {_FUNCTION: function})
+
+
+def _arguments(family: str, seen: _SeenError, inputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    tensors = {name: value for name, value in seen.given.items() if isinstance(value, torch.Tensor)}
+    found = {}
+    for argument, tensor in tensors.items():
+        names = [name for name, value in inputs.items() if value is tensor] or [n for n in inputs if n == argument]
+        if not names:
+            raise UnsupportedModelError(
+                f"{family}: {_FUNCTION} gets {argument}, which is none of the inputs {sorted(inputs)} as they are"
+            )
+        found[names[0]] = argument
+    if not found:
+        raise UnsupportedModelError(f"{family}: {_FUNCTION} gets none of the inputs {sorted(inputs)}")
+    return found
 
 
 def feature_rows(output: Any, deepstack_layers: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.split.axes import dynamic_dims
+from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
 from vlmexport.split.usage import parameters_behind
@@ -107,17 +107,22 @@ class VisionEncoder(VisionPart):
     """Processor outputs in (by name), the tensors that reach the projector out."""
 
     def __init__(
-        self, model: PreTrainedModel, projector: nn.Module, outputs: tuple[str, ...], used: tuple[str, ...]
+        self,
+        model: PreTrainedModel,
+        ask: FeatureCall,
+        projector: nn.Module,
+        outputs: tuple[str, ...],
+        used: tuple[str, ...],
     ) -> None:
         super().__init__(model, outputs, used)
         # In tuples, so that they are not registered a second time.
-        self._cut = (model, projector)
+        self._cut = (ask, projector)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The projector's input tensors: one tensor, or a tuple in the order of `outputs`."""
-        model, projector = self._cut
+        ask, projector = self._cut
         with _intercepted(projector) as calls:
-            _image_features(model, inputs)
+            ask(inputs)
         tensors = ProjectorCall.of(*calls[0])[1]
         return tensors[0] if len(tensors) == 1 else tensors
 
@@ -146,16 +151,17 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     `examples` are keyword inputs of the whole model. Raises `UnsupportedModelError` naming the family when there is no
     projector to be found, or when encoder and projector do not give the features that the model merges.
     """
-    pixels = tuple(vision_inputs(vlm, example) for example in examples)
-    projector = find_projector(vlm, pixels[0])
-    calls = [_record_call(vlm, projector, example) for example in pixels]
+    ask = find_feature_call(vlm.model, vlm.facts.image_token_id, examples[0])
+    pixels = tuple({name: example[name] for name in ask.arguments} for example in examples)
+    projector = find_projector(vlm, ask, pixels[0])
+    calls = [_record_call(vlm, ask, projector, example) for example in pixels]
     names = tuple("vision_features" if i == 0 else f"vision_features_{i}" for i in range(len(calls[0].tensors)))
     _check_same_form(vlm, calls)
     hidden = tuple(dict(zip(names, call.tensors, strict=True)) for call in calls)
     for example, call in zip(hidden, calls, strict=True):
         _check_features(vlm, Projector(projector, call.form, names, ()), example, call.features)
-    encoder_names, projector_names = _used_parameters(vlm, projector, pixels[0], calls[0])
-    encoder = VisionEncoder(vlm.model, projector, names, encoder_names)
+    encoder_names, projector_names = _used_parameters(vlm, ask, projector, pixels[0], calls[0])
+    encoder = VisionEncoder(vlm.model, ask, projector, names, encoder_names)
     # `calls` ran the same encoder on every example; one run of the wrapper (the costly side) checks how it is wired.
     _check_encoder(vlm, encoder, pixels[0], calls[0])
     wrapper = Projector(projector, calls[0].form, names, projector_names)
@@ -177,21 +183,9 @@ def unused_parameter_names(vlm: VLM, vision: Part, projector: Part) -> tuple[str
 
 
 def vision_inputs(vlm: VLM, example: Example) -> Example:
-    """Those of the whole model's inputs that ``get_image_features`` takes."""
-    features = getattr(vlm.model, "get_image_features", None)
-    if features is None:
-        raise UnsupportedModelError(f"{vlm.facts.model_type}: the model has no get_image_features, so it cannot be cut")
-    taken = inspect.signature(features).parameters
-    found = {name: tensor for name, tensor in example.items() if name in taken}
-    if not found:
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: get_image_features takes {sorted(taken)}, the processor gives {sorted(example)}"
-        )
-    return found
-
-
-def _image_features(model: Any, inputs: Example) -> Any:
-    return model.get_image_features(**inputs)
+    """Those of the whole model's inputs that ``get_image_features`` is given."""
+    ask = find_feature_call(vlm.model, vlm.facts.image_token_id, example)
+    return {name: example[name] for name in ask.arguments}
 
 
 def flat_features(vlm: VLM, result: Any) -> torch.Tensor:
@@ -205,7 +199,7 @@ def flat_features(vlm: VLM, result: Any) -> torch.Tensor:
     return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
 
 
-def find_projector(vlm: VLM, inputs: Example) -> nn.Module:
+def find_projector(vlm: VLM, ask: FeatureCall, inputs: Example) -> nn.Module:
     """The outermost module below the image encoder's side whose output is the features, row for row."""
     seen: list[tuple[nn.Module, torch.Tensor]] = []
 
@@ -216,7 +210,7 @@ def find_projector(vlm: VLM, inputs: Example) -> nn.Module:
     handles = [module.register_forward_hook(keep) for module in vlm.model.modules()]
     try:
         with torch.no_grad():
-            features = flat_features(vlm, _image_features(vlm.model, inputs))
+            features = flat_features(vlm, ask(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -248,13 +242,13 @@ class _Call:
     features: torch.Tensor
 
 
-def _record_call(vlm: VLM, projector: nn.Module, inputs: Example) -> _Call:
+def _record_call(vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Example) -> _Call:
     """Run the vision side once and keep what reached the projector and what the model made of it."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = projector.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
     try:
         with torch.no_grad():
-            features = flat_features(vlm, _image_features(vlm.model, inputs))
+            features = flat_features(vlm, ask(inputs))
     finally:
         handle.remove()
     if len(seen) != 1:
@@ -282,14 +276,14 @@ def _intercepted(projector: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], d
 
 
 def _used_parameters(
-    vlm: VLM, projector: nn.Module, inputs: Example, call: _Call
+    vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Example, call: _Call
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Whole-model names of the parameters behind the projector's inputs, and of those it adds itself."""
     model = vlm.model
 
     def encode() -> tuple[torch.Tensor, ...]:
         with _intercepted(projector) as calls:
-            _image_features(model, inputs)
+            ask(inputs)
         return ProjectorCall.of(*calls[0])[1]
 
     def project() -> tuple[torch.Tensor, ...]:

@@ -13,6 +13,7 @@ import torch
 from vlmexport.manifest import FOLDED_NAME, Artifact, Manifest, file_sha256
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.torch import TorchRunner
+from vlmexport.split.decoder import text_decoder
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -33,7 +34,7 @@ class Reference:
         The token embedding inside the decoder module is a part of its own; the LM head counts to the decoder.
         """
         model: Any = self.vlm.model
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        decoder, head = text_decoder(model), model.get_output_embeddings()
         table = model.get_input_embeddings().weight
         inside = [p for p in decoder.parameters() if p is not table]
         owned = {id(p): p for p in [*inside, *head.parameters()]}
