@@ -111,5 +111,5 @@ def feature_rows(output: Any, deepstack_layers: int) -> torch.Tensor:
 
 def _joined(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """``[rows, hidden]`` of one tensor of any rank, or of one for each picture."""
-    rows = list(features) if isinstance(features, list | tuple) else [features]
+    rows = [features] if isinstance(features, torch.Tensor) else list(features)
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])

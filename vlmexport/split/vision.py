@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.split.axes import dynamic_dims
+from vlmexport.split.decoder import text_decoder
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
@@ -174,12 +175,27 @@ def part_parameter_names(part: Part) -> tuple[str, ...]:
 
 
 def unused_parameter_names(vlm: VLM, vision: Part, projector: Part) -> tuple[str, ...]:
-    """Parameters of the image encoder and the projector that reach no feature, so that no graph holds them."""
+    """Parameters that reach no feature of a picture, so that no graph holds them.
+
+    Those of the image encoder and the projector, and of children of the model that no part has a share in: towers for
+    videos or sounds.
+    """
     used = {*part_parameter_names(vision), *part_parameter_names(projector)}
     encoder = _image_encoder(vlm.model)
     inside = {} if encoder is None else weight_names(vlm.model, encoder)
     inside |= weight_names(vlm.model, vlm.model.get_submodule(projector.prefix.removesuffix(".")))
+    inside |= _other_towers(vlm.model, used)
     return tuple(name for name in inside if name not in used)
+
+
+def _other_towers(model: PreTrainedModel, used: set[str]) -> dict[str, torch.Tensor]:
+    """Parameters by name of those children of `model` and its base model in which nothing serves pictures or text."""
+    known = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in used}
+    for module in (text_decoder(model), model.get_input_embeddings(), model.get_output_embeddings()):
+        known |= {id(p) for p in module.parameters()}
+    children = [child for owner in (model.base_model, model) for child in owner.children()]
+    strangers = [child for child in children if not any(id(p) in known for p in child.parameters())]
+    return {name: tensor for child in strangers for name, tensor in weight_names(model, child).items()}
 
 
 def vision_inputs(vlm: VLM, example: Example) -> Example:
