@@ -24,6 +24,7 @@ from vlmexport.progress import SilentProgress
 from vlmexport.quantize.rtn import quantize_rtn
 from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.runtime import ort
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.target import load_target
 from vlmexport.verify.codes import account, read_codes, unpack_int8, unrecorded_matrices
@@ -185,7 +186,7 @@ def test_a_cpu_whose_products_overflow_is_refused(export: Artifact, monkeypatch:
 
 def products(export: Artifact) -> list[str]:
     gate, runner = Gate(), OnnxRunner(export, threads=1)
-    check_products(gate, export, runner.settings, runner._decoder.kv, prompt(export), 1e-5)
+    check_products(gate, export, runner.settings, runner._decoder.kv, DecoderInputs(prompt(export)), 1e-5)
     return [f"{c.status}: {c.reason}" for c in gate.checks]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vlmexport.model.load import load_vlm
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.verify.quantization import answers_by_step, answers_in_one_prompt
 
@@ -14,7 +15,7 @@ def runner(tiny_idefics3):
 
 
 def test_steps_equal_one_prompt(runner):
-    rows = [runner.embed(np.arange(5, 5 + length)[None]) for length in (9, 4, 6)]
+    rows = [DecoderInputs(runner.embed(np.arange(5, 5 + length)[None])) for length in (9, 4, 6)]
     answers = [[7, 8, 9], [11], [3, 4, 5, 6, 2]]
     whole = list(answers_in_one_prompt(runner, rows, answers))
     stepped = list(answers_by_step(runner, rows, answers))
@@ -34,7 +35,7 @@ def test_steps_see_weights_that_only_steps_have(runner):
         def decode(embeds, cache, keep=1):
             return runner.decode(embeds, cache, keep) + 1.0 * np.arange(runner.model.config.text_config.vocab_size)
 
-    rows, answers = [runner.embed(np.arange(5, 12)[None])], [[7, 8, 9]]
+    rows, answers = [DecoderInputs(runner.embed(np.arange(5, 12)[None]))], [[7, 8, 9]]
     honest = next(answers_in_one_prompt(runner, rows, answers))
     assert np.abs(next(answers_in_one_prompt(Split(), rows, answers)) - honest).max() < 1e-5
     assert np.abs(next(answers_by_step(Split(), rows, answers)) - honest).max() > 1

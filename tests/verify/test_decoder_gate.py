@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vlmexport.model.load import load_vlm
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.protocol import ModelInputs, PartOutputError, require_right_padding
 from vlmexport.runtime.torch import TorchRunner
@@ -13,8 +14,8 @@ from vlmexport.target import load_target
 from vlmexport.verify.decoder import DecoderLimits, DecoderSubjects, check_consistency, check_lowering
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.inputs import standard_probes
-from vlmexport.verify.parts import Prompt, check_embedding, check_merged, check_processor, check_vision, merged_inputs
-from vlmexport.verify.quantization import Item, collect_answers, greedy_answers, judge_quantization, pad_rows
+from vlmexport.verify.parts import Prompt, check_embedding, check_merged, check_processor, check_vision, merged_input
+from vlmexport.verify.quantization import Item, collect_answers, greedy_answers, judge_quantization
 
 LIMITS = DecoderLimits(exact_rel=1e-5, shipped_kl=1e-2)
 
@@ -43,7 +44,7 @@ def prompts(tiny_idefics3):
 
 @pytest.fixture(scope="module")
 def embeds(runner, prompts):
-    return {p.name: merged_inputs(runner, p.exported) for p in prompts}
+    return {p.name: merged_input(runner, p.exported) for p in prompts}
 
 
 class Broken:
@@ -93,7 +94,7 @@ def test_a_small_error_at_one_position_is_seen(runner, embeds):
 
 
 def test_a_decoder_that_forgets_its_cache_fails_with_and_without_reference(runner, embeds):
-    def decode(inputs_embeds, cache, keep=1):
+    def decode(inputs_embeds, cache, keep=1, **kwargs):
         fresh, _ = runner.prefill(inputs_embeds, np.ones(inputs_embeds.shape[:2], np.int64), keep)
         return fresh
 
@@ -218,7 +219,7 @@ def test_quantization_of_the_model_against_itself_is_free(runner, prompts):
 def test_a_worse_model_fails_every_quantization_check(runner, prompts):
     other = Broken(runner, embed=lambda ids: runner.embed((ids * 7 + 3) % 400))
     items = [Item(p.exported, p.reference, ("right",), "t") for p in prompts[-1:]]
-    right = greedy_answers(runner, [merged_inputs(runner, items[0].reference)], 6)[0]
+    right = greedy_answers(runner, [merged_input(runner, items[0].reference)], 6)[0]
     found = collect_answers(runner, other, items, lambda tokens: "right" if tokens == right else "wrong", 6, 448)
     gate = Gate()
     judge_quantization(gate, found, load_target("cpu").parity)
@@ -232,8 +233,8 @@ def test_batched_answers_equal_single_ones(runner, embeds):
 
 
 def test_padding_keeps_every_row():
-    rows = [np.ones((1, 2, 3), np.float32), np.full((1, 4, 3), 2.0, np.float32)]
-    padded, mask = pad_rows(rows)
-    assert padded.shape == (2, 4, 3)
+    rows = [DecoderInputs(np.ones((1, 2, 3), np.float32)), DecoderInputs(np.full((1, 4, 3), 2.0, np.float32))]
+    padded, mask = stacked(rows)
+    assert padded.embeds.shape == (2, 4, 3)
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert (padded[0, 2:] == 0).all()
+    assert (padded.embeds[0] == 1).all()

@@ -12,6 +12,7 @@ from tests.runtime.tensorrt.fakes import machine
 from vlmexport.engines import ENGINES_FOLDER, engine_path, sidecar_path, specs_of
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact, file_sha256
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.tensorrt.cuda import GpuStatus
 from vlmexport.verify import engines
@@ -23,7 +24,8 @@ NAMES = ("decoder", "embed_tokens", "projector", "vision_encoder")
 
 
 def rows(tokens):
-    return np.random.default_rng(tokens).standard_normal((1, tokens, TINY.hidden)).astype(np.float16).astype(np.float32)
+    drawn = np.random.default_rng(tokens).standard_normal((1, tokens, TINY.hidden))
+    return DecoderInputs(drawn.astype(np.float16).astype(np.float32))
 
 
 EMBEDS = {"square": rows(20), "text": rows(7)}

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from tests.lower.tensorrt.graphs import DecoderShape, part_of, write_decoder
 from vlmexport.manifest import Artifact, Manifest, write_manifest
 from vlmexport.model.kv import KVGeometry
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.sessions import SessionSettings, open_session
 from vlmexport.runtime.static_decoder import StaticDecoder
@@ -28,7 +29,7 @@ KV = KVGeometry(SHAPE.layers, SHAPE.kv_heads, SHAPE.head_dim)
 REL = 4e-3
 LIMITS = DecoderLimits(REL, 1e-2, exact_kl=1e-5, steps=STEPS, capacity=SHAPE.cache)
 TABLE = np.random.default_rng(3).standard_normal((SHAPE.vocab, SHAPE.hidden)).astype(np.float16)
-EMBEDS = {name: TABLE[np.arange(n)[None] * 7 % SHAPE.vocab] for name, n in (("wide", 25), ("short", 5))}
+EMBEDS = {n: DecoderInputs(TABLE[np.arange(t)[None] * 7 % SHAPE.vocab]) for n, t in (("wide", 25), ("short", 5))}
 
 
 class Runner:
@@ -37,11 +38,11 @@ class Runner:
     def __init__(self, path):
         self.decoder = StaticDecoder(open_session(path, "decoder", SessionSettings(1, exact=True)), KV)
 
-    def prefill(self, embeds, mask, keep=1, *, reserve=64):
-        return self.decoder.prefill(embeds, mask, keep, reserve)
+    def prefill(self, embeds, mask, keep=1, *, reserve=64, extras=None):
+        return self.decoder.prefill(embeds, mask, keep, reserve, extras)
 
-    def decode(self, embeds, cache, keep=1):
-        return self.decoder.decode(embeds, cache, keep)
+    def decode(self, embeds, cache, keep=1, *, extras=None):
+        return self.decoder.decode(embeds, cache, keep, extras)
 
     @staticmethod
     def embed(ids):

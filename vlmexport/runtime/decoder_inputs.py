@@ -52,6 +52,18 @@ class DecoderInputs:
         """The first `tokens`, starting over where there are fewer."""
         return self._taken(np.arange(tokens) % self.length)
 
+    def followed(self, embeds: Array) -> DecoderInputs:
+        """The same prompt with the tokens `embeds` ``[1, tokens, hidden]`` of an answer behind it."""
+        count, extras = embeds.shape[1], {}
+        for name, array in self.extras.items():
+            axis = BATCH_AXIS[name] + 1
+            shape = [*array.shape[:axis], count, *array.shape[axis + 1 :]]
+            more = np.zeros(shape, array.dtype)
+            if name == "position_ids":
+                more += array.max() + 1 + np.arange(count)
+            extras[name] = np.concatenate([array, more], axis=axis)
+        return DecoderInputs(np.concatenate([self.embeds, embeds.astype(self.embeds.dtype)], axis=1), extras)
+
     def mapped(self, change: Callable[[Array], Array]) -> DecoderInputs:
         """The same with `change` applied to everything that is not a whole number."""
         extras = {n: a if np.issubdtype(a.dtype, np.integer) else change(a) for n, a in self.extras.items()}

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
 from vlmexport.runtime.protocol import Array, PartOutputError, Runner
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate, NotRunError
 
 Ids: TypeAlias = NDArray[np.int64]
 Embed: TypeAlias = Callable[[Ids], Array]
-Continue: TypeAlias = Callable[[Runner, Array], Array]
+Continue: TypeAlias = Callable[[Runner, DecoderInputs], Array]
 
 PART = "decoder"
 DECODE_STEPS = 16
@@ -104,9 +105,9 @@ class DecoderSubjects:
 
 
 def check_lowering(
-    gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits
+    gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, DecoderInputs], limits: DecoderLimits
 ) -> LoweringTotals:
-    """All comparisons with the reference on prompts `embeds` (probe name to float ``[1, tokens, hidden]``).
+    """All comparisons with the reference on prompts `embeds` (probe name to what reaches the decoder).
 
     Checks: ``decoder/prefill[probe]`` at every position, ``decoder/one_token``, ``decoder/decode`` and
     ``decoder/ragged_batch`` over the cache, ``decoder/greedy``, ``decoder/shipped_kl``; ``decoder/exact_kl`` where it
@@ -114,7 +115,7 @@ def check_lowering(
     """
     totals = LoweringTotals(with_exact_kl=limits.exact_kl is not None)
     first = next(iter(embeds.values()))
-    for name, sequence in {**embeds, "one_token": first[:, :1]}.items():
+    for name, sequence in {**embeds, "one_token": first.tokens(0, 1)}.items():
         _prefill(gate, subjects, name, sequence, limits, totals)
     _teacher_forced(gate, subjects, list(embeds.values()), limits, totals)
     _ragged_batch(gate, subjects, list(embeds.values()), limits, totals)
@@ -128,26 +129,43 @@ def check_lowering(
     return totals
 
 
-def token_by_token(runner: Runner, sequence: Array) -> Array:
-    """Logits ``[1, tokens, vocab]`` with the first half in one prefill and the rest one token at a time."""
-    half = max(sequence.shape[1] // 2, sequence.shape[1] - DECODE_STEPS)
-    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
+def token_by_token(runner: Runner, sequence: DecoderInputs) -> Array:
+    """Logits ``[1, tokens, vocab]`` with the first half in one prefill and the rest one token at a time.
+
+    Raises `NotRunError` for a prompt that is one block, as `_start_of_rest`.
+    """
+    half = _start_of_rest(sequence, max(sequence.length // 2, sequence.length - DECODE_STEPS))
+    logits, cache = sequence.tokens(0, half).prefill(runner, keep=0)
     rows = [logits]
-    rows += [runner.decode(sequence[:, i : i + 1], cache) for i in range(half, sequence.shape[1])]
+    rows += [sequence.tokens(i, i + 1).decode(runner, cache) for i in range(half, sequence.length)]
     return np.concatenate(rows, axis=1)
 
 
-def in_two_prompts(runner: Runner, sequence: Array) -> Array:
+def in_two_prompts(runner: Runner, sequence: DecoderInputs) -> Array:
     """Logits ``[1, tokens, vocab]`` of two calls of several tokens: the first half, and the rest over its cache."""
-    half = sequence.shape[1] // 2
-    logits, cache = runner.prefill(sequence[:, :half], np.ones((1, half), dtype=np.int64), 0)
-    return np.concatenate([logits, runner.decode(sequence[:, half:], cache, 0)], axis=1)
+    half = _start_of_rest(sequence, sequence.length // 2)
+    logits, cache = sequence.tokens(0, half).prefill(runner, keep=0)
+    return np.concatenate([logits, sequence.tokens(half).decode(runner, cache, 0)], axis=1)
+
+
+def _start_of_rest(sequence: DecoderInputs, start: int) -> int:
+    """`start`, or the next token behind it that is in no block: a block's tokens come in one call.
+
+    Raises `NotRunError` when there is none.
+    """
+    blocks = sequence.extras.get("block_ids")
+    if blocks is not None:
+        inside = np.flatnonzero(blocks[0] > 0)
+        start = max(start, int(inside[-1]) + 1 if inside.size else 0)
+    if start >= sequence.length:
+        raise NotRunError("all of the prompt sees each other; it cannot be computed in two calls")
+    return start
 
 
 def check_consistency(
     gate: Gate,
     exact: Runner,
-    embeds: Mapping[str, Array],
+    embeds: Mapping[str, DecoderInputs],
     limit: float,
     *,
     left_pad: bool,
@@ -162,16 +180,16 @@ def check_consistency(
     with wrong numbers, is refused.
     """
     sequences = list(embeds.values())
-    longest = max(sequences, key=lambda s: s.shape[1])
+    longest = max(sequences, key=lambda s: s.length)
     with gate.guard("decoder/keep_last", PART, "lowering"):
         whole, last = (_logits(exact, longest, keep) for keep in (0, 1))
         gate.close("decoder/keep_last", PART, "lowering", whole[:, -1:], last, limit)
     with gate.guard("decoder/cache", PART, "lowering"):
         gate.close("decoder/cache", PART, "lowering", _logits(exact, longest, 0), continued(exact, longest), limit)
-    shortest = min(sequences, key=lambda s: s.shape[1])
+    shortest = min(sequences, key=lambda s: s.length)
     if not left_pad:
         _padding_guard(gate, exact, [shortest, longest])
-    sides = ("right", "left") if left_pad else ("right",)
+    sides: tuple[Literal["right", "left"], ...] = ("right", "left") if left_pad else ("right",)
     for side in sides:
         name = f"decoder/{side}_padding"
         with gate.guard(name, PART, "lowering"):
@@ -180,11 +198,11 @@ def check_consistency(
             gate.close(name, PART, "lowering", np.concatenate(alone), np.concatenate(together), limit)
 
 
-def _padding_guard(gate: Gate, exact: Runner, rows: list[Array]) -> None:
-    embeds, mask = _pad(rows, "left")
+def _padding_guard(gate: Gate, exact: Runner, rows: list[DecoderInputs]) -> None:
+    inputs, mask = stacked(rows, "left")
     faults = []
     try:
-        exact.prefill(embeds, mask, 1)
+        inputs.prefill(exact, mask, 1)
     except BadInputError:
         pass
     except PartOutputError as error:
@@ -196,7 +214,12 @@ def _padding_guard(gate: Gate, exact: Runner, rows: list[Array]) -> None:
 
 
 def _prefill(
-    gate: Gate, subjects: DecoderSubjects, name: str, sequence: Array, limits: DecoderLimits, totals: LoweringTotals
+    gate: Gate,
+    subjects: DecoderSubjects,
+    name: str,
+    sequence: DecoderInputs,
+    limits: DecoderLimits,
+    totals: LoweringTotals,
 ) -> None:
     name = "decoder/one_token" if name == "one_token" else f"decoder/prefill[{name}]"
     with gate.guard(name, PART, "lowering"):
@@ -206,7 +229,7 @@ def _prefill(
 
 
 def _teacher_forced(
-    gate: Gate, subjects: DecoderSubjects, prompts: list[Array], limits: DecoderLimits, totals: LoweringTotals
+    gate: Gate, subjects: DecoderSubjects, prompts: list[DecoderInputs], limits: DecoderLimits, totals: LoweringTotals
 ) -> None:
     """The limits' steps over the cache behind the first prompt that has room, all fed the reference's greedy tokens."""
     with gate.guard("decoder/decode", PART, "lowering"):
@@ -221,27 +244,27 @@ def _teacher_forced(
         gate.series["decode_shipped_kl"] = tuple(totals.see_shipped(wanted, shipped))
 
 
-def _with_room(prompts: list[Array], limits: DecoderLimits) -> Array:
+def _with_room(prompts: list[DecoderInputs], limits: DecoderLimits) -> DecoderInputs:
     """The first prompt behind which the cache has room for all steps; raises `NotRunError` where there is none."""
     for prompt in prompts:
-        if limits.capacity is None or prompt.shape[1] + limits.steps <= limits.capacity:
+        if limits.capacity is None or prompt.length + limits.steps <= limits.capacity:
             return prompt
-    shortest = min(prompt.shape[1] for prompt in prompts)
+    shortest = min(prompt.length for prompt in prompts)
     raise NotRunError(
         f"the cache holds {limits.capacity} tokens: no room for {limits.steps} steps behind a prompt of {shortest}"
     )
 
 
 def _ragged_batch(
-    gate: Gate, subjects: DecoderSubjects, sequences: list[Array], limits: DecoderLimits, totals: LoweringTotals
+    gate: Gate, subjects: DecoderSubjects, sequences: list[DecoderInputs], limits: DecoderLimits, totals: LoweringTotals
 ) -> None:
     """Two prompts of different length in one right-padded batch, then a few steps, against each prompt alone."""
-    rows = [min(sequences, key=lambda s: s.shape[1]), max(sequences, key=lambda s: s.shape[1])]
+    rows = [min(sequences, key=lambda s: s.length), max(sequences, key=lambda s: s.length)]
     with gate.guard("decoder/ragged_batch", PART, "lowering"):
         alone = [_greedy_steps(subjects.reference, subjects.embed, row, _RAGGED_STEPS) for row in rows]
         wanted = np.stack([logits for logits, _ in alone], axis=1)
-        embeds, mask = _pad(rows, "right")
-        logits, cache = subjects.exact.prefill(embeds, mask, 1)
+        inputs, mask = stacked(rows)
+        logits, cache = inputs.prefill(subjects.exact, mask, 1)
         found = [logits[:, -1]]
         for step in range(_RAGGED_STEPS):
             ids = np.array([[tokens[step]] for _, tokens in alone], dtype=np.int64)
@@ -251,7 +274,7 @@ def _ragged_batch(
         totals.see_exact(difference, wanted, together)
 
 
-def _greedy(gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, Array], limits: DecoderLimits) -> None:
+def _greedy(gate: Gate, subjects: DecoderSubjects, embeds: Mapping[str, DecoderInputs], limits: DecoderLimits) -> None:
     """Greedy answers are equal, unless two tokens are as likely as each other within the error that is allowed."""
     with gate.guard("decoder/greedy", PART, "lowering"):
         rows = list(embeds.values())
@@ -270,13 +293,12 @@ def _tie(logits: Array, token: int, rel: float) -> bool:
     return float(logits.max() - logits[token]) <= allowed
 
 
-def _logits(runner: Runner, sequence: Array, keep: int) -> Array:
+def _logits(runner: Runner, sequence: DecoderInputs, keep: int) -> Array:
     """Logits ``[1, kept, vocab]`` of one prompt without padding."""
-    mask = np.ones(sequence.shape[:2], dtype=np.int64)
-    return runner.prefill(sequence, mask, keep)[0]
+    return sequence.prefill(runner, keep=keep)[0]
 
 
-def _greedy_steps(runner: Runner, embed: Embed, prompt: Array, steps: int) -> tuple[Array, Ids]:
+def _greedy_steps(runner: Runner, embed: Embed, prompt: DecoderInputs, steps: int) -> tuple[Array, Ids]:
     """Logits ``[steps + 1, vocab]`` of the prompt's last position and of every greedy step, and the tokens fed."""
     rows: list[Array] = []
     tokens: list[int] = []
@@ -286,50 +308,34 @@ def _greedy_steps(runner: Runner, embed: Embed, prompt: Array, steps: int) -> tu
     return np.stack(rows), np.array(tokens[:steps], dtype=np.int64)
 
 
-def _greedy_batch(runner: Runner, embed: Embed, rows: list[Array], steps: int) -> tuple[Array, Ids]:
+def _greedy_batch(runner: Runner, embed: Embed, rows: list[DecoderInputs], steps: int) -> tuple[Array, Ids]:
     """Logits ``[steps, batch, vocab]`` and greedy tokens ``[steps, batch]`` of prompts in one right-padded batch."""
-    embeds, mask = _pad(rows, "right")
-    logits, cache = runner.prefill(embeds, mask, 1)
+    inputs, mask = stacked(rows)
+    logits, cache = inputs.prefill(runner, mask, 1)
     kept = [logits[:, -1]]
     for _ in range(steps - 1):
         tokens = kept[-1].argmax(axis=-1).astype(np.int64)
         kept.append(runner.decode(embed(tokens[:, None]), cache)[:, -1])
-    stacked = np.stack(kept)
-    return stacked, stacked.argmax(axis=-1).astype(np.int64)
+    found = np.stack(kept)
+    return found, found.argmax(axis=-1).astype(np.int64)
 
 
-def _forced_steps(runner: Runner, embed: Embed, prompt: Array, tokens: Ids) -> Array:
+def _forced_steps(runner: Runner, embed: Embed, prompt: DecoderInputs, tokens: Ids) -> Array:
     """Logits ``[steps + 1, vocab]`` when the given tokens are fed one at a time."""
     return np.stack(list(_steps(runner, embed, prompt, tokens.tolist(), len(tokens))))
 
 
-def _steps(runner: Runner, embed: Embed, prompt: Array, tokens: list[int], steps: int) -> Iterator[Array]:
+def _steps(runner: Runner, embed: Embed, prompt: DecoderInputs, tokens: list[int], steps: int) -> Iterator[Array]:
     """Logits ``[vocab]`` of the prompt, then of each of `steps` tokens; `tokens` may grow while this runs."""
-    logits, cache = runner.prefill(prompt, np.ones(prompt.shape[:2], dtype=np.int64), 1)
+    logits, cache = prompt.prefill(runner)
     yield logits[0, -1]
     for step in range(steps):
         ids = np.array([[tokens[step]]], dtype=np.int64)
         yield runner.decode(embed(ids), cache)[0, -1]
 
 
-def _pad(rows: list[Array], side: str) -> tuple[Array, Ids]:
-    """Stack ``[1, tokens, hidden]`` prompts into one padded batch and its mask.
-
-    The padding repeats the row's own values: attention to it would change the result, zeros might hide it.
-    """
-    width = max(row.shape[1] for row in rows)
-    embeds = np.empty((len(rows), width, rows[0].shape[2]), dtype=rows[0].dtype)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, row in enumerate(rows):
-        embeds[index] = np.resize(row[0], (width, row.shape[2]))
-        where = slice(0, row.shape[1]) if side == "right" else slice(width - row.shape[1], width)
-        embeds[index, where] = row[0]
-        mask[index, where] = 1
-    return embeds, mask
-
-
-def _padded_logits(runner: Runner, rows: list[Array], side: str) -> list[Array]:
+def _padded_logits(runner: Runner, rows: list[DecoderInputs], side: Literal["right", "left"]) -> list[Array]:
     """Logits ``[tokens, vocab]`` of the valid positions of each row of one padded batch."""
-    embeds, mask = _pad(rows, side)
-    logits, _ = runner.prefill(embeds, mask, 0)
+    inputs, mask = stacked(rows, side)
+    logits, _ = inputs.prefill(runner, mask, 0)
     return [logits[index][mask[index] == 1] for index in range(len(rows))]

@@ -29,6 +29,7 @@ from vlmexport.engines import (
 )
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.manifest import Artifact
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures
@@ -47,11 +48,11 @@ _BUILT_KEYS = {"flavour", "version", "places", "reason"}
 
 
 def check_engines(
-    gate: Gate, artifact: Artifact, embeds: Mapping[str, Array], *, hardware: Hardware | None = None
+    gate: Gate, artifact: Artifact, embeds: Mapping[str, DecoderInputs], *, hardware: Hardware | None = None
 ) -> None:
     """Judge the engines of an export of the ``tensorrt`` layout; `hardware` None: this machine's.
 
-    `embeds`: probe name to float ``[1, tokens, hidden]``, what reaches the decoder. Checks: ``engines/listed``, the
+    `embeds`: what reaches the decoder, by probe. Checks: ``engines/listed``, the
     engines that the manifest says were built are there; ``engines/sidecar[place/name]``, from the files alone; and for
     each place ``engines/run[place]``, which is not run where no GPU fits, and otherwise sums up
     ``engines/<part>[place]``, ``engines/prefill[place/probe]``, ``engines/decode[place]`` and
@@ -157,7 +158,12 @@ class _Sides:
 
 
 def _check_runs(
-    gate: Gate, artifact: Artifact, embeds: Mapping[str, Array], place: str, damaged: list[str], hardware: Hardware
+    gate: Gate,
+    artifact: Artifact,
+    embeds: Mapping[str, DecoderInputs],
+    place: str,
+    damaged: list[str],
+    hardware: Hardware,
 ) -> None:
     """``engines/run[place]``: the sum of the comparisons, or why they cannot be made."""
     name = f"engines/run[{place}]"
@@ -239,41 +245,40 @@ def probe_inputs(artifact: Artifact) -> ModelInputs:
     return build(PromptBuilder(artifact.path), probe)
 
 
-def _compare_decoder(gate: Gate, artifact: Artifact, embeds: Mapping[str, Array], sides: _Sides) -> None:
+def _compare_decoder(gate: Gate, artifact: Artifact, embeds: Mapping[str, DecoderInputs], sides: _Sides) -> None:
     """``engines/prefill[place/probe]``, ``engines/decode[place]`` and ``engines/ragged_batch[place]``."""
     place, limit = sides.place, sides.limits.lowering_exact_rel_fp16
     limits = artifact.manifest.model["tensorrt"]["limits"]
-    fitting = {probe: rows for probe, rows in embeds.items() if rows.shape[1] <= limits["max_seq"]}
+    fitting = {probe: rows for probe, rows in embeds.items() if rows.length <= limits["max_seq"]}
     for probe in embeds.keys() - fitting.keys():
-        reason = f"{embeds[probe].shape[1]} tokens do not fit the static cache of {limits['max_seq']}"
+        reason = f"{embeds[probe].length} tokens do not fit the static cache of {limits['max_seq']}"
         gate.not_run(f"engines/prefill[{place}/{probe}]", "decoder", "lowering", reason)
     if not fitting:
         gate.not_run(f"engines/decode[{place}]", "decoder", "lowering", "there is no prompt that fits the cache")
         return
     for probe, rows in fitting.items():
         _compare(gate, f"engines/prefill[{place}/{probe}]", "decoder", sides, limit, partial(_last_logits, rows=rows))
-    by_length = sorted(fitting.values(), key=lambda rows: rows.shape[1])
+    by_length = sorted(fitting.values(), key=lambda rows: rows.length)
     shortest, longest = by_length[0], by_length[-1]
     steps = partial(token_by_token, sequence=longest)
     _compare(gate, f"engines/decode[{place}]", "decoder", sides, limit, steps)
     if limits["max_batch"] > 1:
-        ragged = partial(_ragged, rows=(shortest, longest[:, : limits["max_seq"] - _RAGGED_STEPS]))
+        ragged = partial(_ragged, rows=(shortest, longest.tokens(0, limits["max_seq"] - _RAGGED_STEPS)))
         _compare(gate, f"engines/ragged_batch[{place}]", "decoder", sides, limit, ragged)
 
 
-def _last_logits(runner: Runner, rows: Array) -> Array:
+def _last_logits(runner: Runner, rows: DecoderInputs) -> Array:
     """Logits ``[1, kept, vocab]`` of the last positions of a prompt, as many as one call of an engine gives."""
-    return runner.prefill(rows, np.ones(rows.shape[:2], np.int64), MAX_KEPT)[0]
+    return rows.prefill(runner, keep=MAX_KEPT)[0]
 
 
-def _ragged(runner: Runner, rows: tuple[Array, Array]) -> Array:
+def _ragged(runner: Runner, rows: tuple[DecoderInputs, DecoderInputs]) -> Array:
     """Logits ``[steps + 1, 2, vocab]`` of a right-padded batch and of steps behind each row's own tokens.
 
     The padding and the steps repeat the rows' own values.
     """
-    width = max(row.shape[1] for row in rows)
-    batch = np.stack([np.resize(row[0], (width, row.shape[2])) for row in rows])
-    mask = np.stack([np.arange(width) < row.shape[1] for row in rows]).astype(np.int64)
-    logits, kept = runner.prefill(batch, mask, 1)
-    later = [runner.decode(batch[:, i % width : i % width + 1], kept)[:, -1] for i in range(_RAGGED_STEPS)]
+    batch, mask = stacked(rows)
+    logits, kept = batch.prefill(runner, mask)
+    steps = [batch.embeds[:, i % batch.length][:, None] for i in range(_RAGGED_STEPS)]
+    later = [runner.decode(step, kept)[:, -1] for step in steps]
     return np.stack([logits[:, -1], *later])

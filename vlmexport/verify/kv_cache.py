@@ -25,6 +25,7 @@ from vlmexport.errors import ArtifactError
 from vlmexport.manifest import Artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.runtime.decoder import SharedCache
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, Cache
 from vlmexport.runtime.torch import TorchRunner
@@ -159,14 +160,13 @@ class _Pair:
         self.graph_cache: Cache | None = None
         self.reference_cache: Cache | None = None
 
-    def prefill(self, embeds: Array) -> tuple[Array, Array]:
-        """Logits ``[1, tokens, vocab]`` of PyTorch and of the graph, for a prompt ``[1, tokens, hidden]``."""
-        mask = np.ones(embeds.shape[:2], dtype=np.int64)
-        found, self.graph_cache = self.graph.prefill(embeds, mask, 0)
-        self._take_codes(0, embeds.shape[1])
+    def prefill(self, prompt: DecoderInputs) -> tuple[Array, Array]:
+        """Logits ``[1, tokens, vocab]`` of PyTorch and of the graph, for one prompt."""
+        found, self.graph_cache = prompt.prefill(self.graph, keep=0)
+        self._take_codes(0, prompt.length)
         before, self.reference.new_cache = self.reference.new_cache, lambda: self.cache
         try:
-            wanted, self.reference_cache = self.reference.prefill(embeds, mask, 0)
+            wanted, self.reference_cache = prompt.prefill(self.reference, keep=0)
         finally:
             self.reference.new_cache = before
         return wanted, found
@@ -199,14 +199,14 @@ def check_kv_cache(
     graph: OnnxRunner,
     reference: TorchRunner,
     scales: list[LayerScales],
-    embeds: Mapping[str, Array],
+    embeds: Mapping[str, DecoderInputs],
     embed: Embed,
     limit: float,
 ) -> None:
     """``decoder/kv_prefill[probe]``, ``decoder/kv_decode`` and ``decoder/kv_codes`` over both.
 
     `graph` is the decoder in exact mode with its INT8 cache, `reference` PyTorch with the graph's own weights; both are
-    fed `embeds` (probe name to float ``[1, tokens, hidden]``), then greedy tokens of the first probe by `embed`.
+    fed `embeds` (by probe), then greedy tokens of the first probe by `embed`.
     `limit` is the relative error that is allowed for logits and, of a channel's largest value, for what is rounded.
     """
     room = limit * _HIGHEST
@@ -226,7 +226,7 @@ def check_kv_cache(
         gate.at_most("decoder/kv_codes", PART, "lowering", furthest, room, "steps past a tie")
 
 
-def _greedy_rows(pair: _Pair, prompt: Array, embed: Embed) -> Iterator[tuple[Array, Array]]:
+def _greedy_rows(pair: _Pair, prompt: DecoderInputs, embed: Embed) -> Iterator[tuple[Array, Array]]:
     """Logits of both sides, ``[1, 1, vocab]``, for `DECODE_STEPS` greedy tokens of the reference."""
     wanted, _ = pair.prefill(prompt)
     token = wanted[:, -1:].argmax(-1).astype(np.int64)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures, merge, named_features
+from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs
+from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures, named_features
 from vlmexport.target import ParityLimits
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
@@ -85,9 +86,9 @@ def check_embedding(
 
 
 def check_merged(
-    gate: Gate, prompts: Sequence[Prompt], exported: Runner, wanted: Mapping[str, Array], limits: ParityLimits
+    gate: Gate, prompts: Sequence[Prompt], exported: Runner, wanted: Mapping[str, DecoderInputs], limits: ParityLimits
 ) -> None:
-    """``model/merged_inputs[probe]``: pixels to decoder input through the export alone.
+    """``model/merged_inputs[probe]``: pixels to decoder input through the export alone; further inputs ``...:<name>``.
 
     `wanted` is of the original weights: what storing them as float16 costs is judged here, with everything before the
     decoder in one.
@@ -95,14 +96,15 @@ def check_merged(
     for prompt in prompts:
         name = f"model/merged_inputs[{prompt.name}]"
         with gate.guard(name, "model", "lowering"):
-            found = merged_inputs(exported, prompt.exported)
-            gate.close(name, "model", "lowering", wanted[prompt.name], found, limits.merged_rel)
+            found, right = merged_input(exported, prompt.exported), wanted[prompt.name]
+            gate.close(name, "model", "lowering", right.embeds, found.embeds, limits.merged_rel)
+            for extra, array in right.extras.items():
+                gate.close(f"{name}:{extra}", "model", "lowering", array, found.extras.get(extra), limits.merged_rel)
 
 
-def merged_inputs(runner: Runner, inputs: ModelInputs) -> Array:
-    """What reaches the decoder of `runner` for one prompt: float ``[1, tokens, hidden]``."""
-    features = runner.image_features(inputs.pixel_inputs) if inputs.pixel_inputs else None
-    return merge(runner.merge_spec, runner.embed(inputs.input_ids), inputs.input_ids, features)
+def merged_input(runner: Runner, inputs: ModelInputs) -> DecoderInputs:
+    """What reaches the decoder of `runner` for one prompt."""
+    return merged_inputs(runner, [inputs])[0]
 
 
 def _pixel_fault(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> str:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from torch import nn
 
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PREFILL_PART, Artifact, QuantizedRecord
 from vlmexport.model.kv import KVGeometry
 from vlmexport.quantize.tensor import QuantizedTensor
-from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache
+from vlmexport.runtime.decoder_inputs import DecoderInputs
+from vlmexport.runtime.protocol import DEFAULT_RESERVE, Array, Cache, Extras
 from vlmexport.runtime.sessions import SessionSettings, open_session
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.verify.codes import CodeFault, GraphWeights, read_codes
@@ -54,16 +56,22 @@ class PromptReference(TorchRunner):
         self._weights = {name: nn.Parameter(tensor.dequantize(), False) for name, tensor in codes.items()}
 
     def prefill(
-        self, inputs_embeds: Array, attention_mask: NDArray[np.int64], keep: int = 1, *, reserve: int = DEFAULT_RESERVE
+        self,
+        inputs_embeds: Array,
+        attention_mask: NDArray[np.int64],
+        keep: int = 1,
+        *,
+        reserve: int = DEFAULT_RESERVE,
+        extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """See `TorchRunner.prefill`."""
         with self._branch(inputs_embeds):
-            return super().prefill(inputs_embeds, attention_mask, keep, reserve=reserve)
+            return super().prefill(inputs_embeds, attention_mask, keep, reserve=reserve, extras=extras)
 
-    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1) -> Array:
+    def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """See `TorchRunner.decode`."""
         with self._branch(inputs_embeds):
-            return super().decode(inputs_embeds, cache, keep)
+            return super().decode(inputs_embeds, cache, keep, extras=extras)
 
     def _branch(self, inputs_embeds: Array) -> AbstractContextManager[None]:
         weights: dict[str, torch.Tensor] = dict(self._weights)
@@ -80,9 +88,9 @@ class _Product:
 
 
 def check_products(
-    gate: Gate, artifact: Artifact, settings: SessionSettings, kv: KVGeometry, embeds: Array, limit: float
+    gate: Gate, artifact: Artifact, settings: SessionSettings, kv: KVGeometry, prompt: DecoderInputs, limit: float
 ) -> None:
-    """``decoder_prefill/products``: every INT8 product of the shipped graph on a prompt ``[1, tokens, hidden]``.
+    """``decoder_prefill/products``: every INT8 product of the shipped graph on one prompt.
 
     A product's error is its largest absolute difference over its largest absolute value.
     """
@@ -92,7 +100,7 @@ def check_products(
         session = open_session(
             artifact.part_path(PREFILL_PART), PREFILL_PART, SessionSettings(settings.threads, watch=names)
         )
-        values = dict(zip(names, session.run(list(names), _feed(embeds, kv)), strict=True))
+        values = dict(zip(names, session.run(list(names), _feed(prompt, kv, session)), strict=True))
         weights = GraphWeights(artifact.part_path(PREFILL_PART))
         faults = []
         for product in products:
@@ -134,15 +142,17 @@ def _scaled(graph: Any, node: Any) -> str:
     return str(readers[0].output[0])
 
 
-def _feed(embeds: Array, kv: KVGeometry) -> dict[str, Array]:
-    past = np.zeros((len(embeds), kv.heads, 0, kv.head_dim), np.float32)
+def _feed(prompt: DecoderInputs, kv: KVGeometry, session: InferenceSession) -> dict[str, Array]:
+    past = np.zeros((1, kv.heads, 0, kv.head_dim), np.float32)
     names = [f"past_key_values.{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
-    return {
-        "inputs_embeds": embeds.astype(np.float32),
-        "attention_mask": np.ones(embeds.shape[:2], np.int64),
+    given = {
+        **prompt.mapped(lambda array: array.astype(np.float32)).extras,
+        "inputs_embeds": prompt.embeds.astype(np.float32),
+        "attention_mask": np.ones((1, prompt.length), np.int64),
         "num_logits_to_keep": np.array(1, np.int64),
         **dict.fromkeys(names, past),
     }
+    return {i.name: given[i.name] for i in session.get_inputs()}
 
 
 def _expected(x: Array, weight: QuantizedTensor) -> Array:

@@ -9,16 +9,17 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner
 from vlmexport.target import LossLimits
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
-from vlmexport.verify.parts import merged_inputs
+from vlmexport.verify.parts import merged_input
 from vlmexport.verify.questions import is_correct
 from vlmexport.verify.result import QuantizationSummary, Question, TaskAccuracy
 
 # Runner, prompts and answers to the logits that predict each answer.
-Forced: TypeAlias = Callable[[Runner, Sequence[Array], Sequence[list[int]]], Iterator[Array]]
+Forced: TypeAlias = Callable[[Runner, Sequence[DecoderInputs], Sequence[list[int]]], Iterator[Array]]
 _LOGIT_BYTES = 256 << 20
 _MAX_BATCH = 16
 
@@ -83,29 +84,33 @@ class Answers:
         )
 
 
-def answers_in_one_prompt(runner: Runner, rows: Sequence[Array], answers: Sequence[list[int]]) -> Iterator[Array]:
+def answers_in_one_prompt(
+    runner: Runner, rows: Sequence[DecoderInputs], answers: Sequence[list[int]]
+) -> Iterator[Array]:
     """Logits ``[answer tokens, vocab]`` that predict each answer, teacher-forced in one padded batch."""
     longer = []
     for row, answer in zip(rows, answers, strict=True):
-        fed = runner.embed(np.array([answer[:-1]], dtype=np.int64)) if len(answer) > 1 else row[:, :0]
-        longer.append(np.concatenate([row, fed.astype(row.dtype)], axis=1))
+        fed = runner.embed(np.array([answer[:-1]], dtype=np.int64)) if len(answer) > 1 else row.embeds[:, :0]
+        longer.append(row.followed(fed))
     keep = max(len(answer) for answer in answers)
-    if min(row.shape[1] for row in longer) < keep:  # a short prompt beside a long answer: one count does not fit all
+    if min(row.length for row in longer) < keep:  # a short prompt beside a long answer: one count does not fit all
         for row, answer in zip(longer, answers, strict=True):
-            yield runner.prefill(*pad_rows([row]), len(answer))[0][0]
+            yield row.prefill(runner, keep=len(answer))[0][0]
         return
-    logits, _ = runner.prefill(*pad_rows(longer), keep)
+    inputs, mask = stacked(longer)
+    logits, _ = inputs.prefill(runner, mask, keep)
     for index, answer in enumerate(answers):
         yield logits[index, -len(answer) :]
 
 
-def answers_by_step(runner: Runner, rows: Sequence[Array], answers: Sequence[list[int]]) -> Iterator[Array]:
+def answers_by_step(runner: Runner, rows: Sequence[DecoderInputs], answers: Sequence[list[int]]) -> Iterator[Array]:
     """The same, but as answers are made: the prompts in one call, every answer token in a decode step of its own.
 
     For exports whose prompts run other weights than their steps.
     """
     steps = max(len(answer) for answer in answers)
-    logits, cache = runner.prefill(*pad_rows(rows), 1, reserve=steps)
+    inputs, mask = stacked(rows)
+    logits, cache = inputs.prefill(runner, mask, reserve=steps)
     kept = [logits[:, -1]]
     for step in range(steps - 1):
         tokens = np.array([[answer[min(step, len(answer) - 1)]] for answer in answers], dtype=np.int64)
@@ -129,8 +134,8 @@ def collect_answers(
     """
     found = Answers()
     for batch in _batches(items, max_new_tokens, vocab_size):
-        theirs = [merged_inputs(original, item.reference) for item in batch]
-        ours = [merged_inputs(shipped, item.exported) for item in batch]
+        theirs = [merged_input(original, item.reference) for item in batch]
+        ours = [merged_input(shipped, item.exported) for item in batch]
         wanted = greedy_answers(original, theirs, max_new_tokens)
         if any(item.answers for item in batch):
             given = greedy_answers(shipped, ours, max_new_tokens)
@@ -160,10 +165,10 @@ def judge_quantization(gate: Gate, found: Answers, limits: LossLimits) -> Quanti
     return summary
 
 
-def greedy_answers(runner: Runner, rows: Sequence[Array], max_new_tokens: int) -> list[list[int]]:
-    """Greedy token ids of each prompt ``[1, tokens, hidden]``, the end token included where it came."""
-    embeds, mask = pad_rows(rows)
-    logits, cache = runner.prefill(embeds, mask, 1, reserve=max_new_tokens)
+def greedy_answers(runner: Runner, rows: Sequence[DecoderInputs], max_new_tokens: int) -> list[list[int]]:
+    """Greedy token ids of each prompt, the end token included where it came."""
+    inputs, mask = stacked(rows)
+    logits, cache = inputs.prefill(runner, mask, reserve=max_new_tokens)
     answers: list[list[int]] = [[] for _ in rows]
     running = np.ones(len(rows), dtype=bool)
     for step in range(max_new_tokens):
@@ -175,17 +180,6 @@ def greedy_answers(runner: Runner, rows: Sequence[Array], max_new_tokens: int) -
             break
         logits = runner.decode(runner.embed(tokens[:, None].astype(np.int64)), cache)
     return answers
-
-
-def pad_rows(rows: Sequence[Array]) -> tuple[Array, NDArray[np.int64]]:
-    """Right-padded embeddings ``[batch, longest, hidden]`` and mask of prompts ``[1, tokens, hidden]``."""
-    width = max(row.shape[1] for row in rows)
-    embeds = np.zeros((len(rows), width, rows[0].shape[2]), dtype=rows[0].dtype)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for index, row in enumerate(rows):
-        embeds[index, : row.shape[1]] = row[0]
-        mask[index, : row.shape[1]] = 1
-    return embeds, mask
 
 
 def _batches(items: Sequence[Item], max_new_tokens: int, vocab_size: int) -> Iterator[list[Item]]:

@@ -15,6 +15,7 @@ from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.tensor import QuantizedTensor
+from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.ort import TENSORRT_LAYOUT, OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
@@ -239,7 +240,7 @@ def _judge(
     if reference is None:
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()
-    wanted = {p.name: parts.merged_inputs(reference.runner, p.reference) for p in prompts.probes if p.reference}
+    wanted = {p.name: parts.merged_input(reference.runner, p.reference) for p in prompts.probes if p.reference}
     with reference.with_exported_weights(codes, run.artifact):
         _check_parts(run, reference, prompts)
         totals = _check_decoder(run, reference, wanted)
@@ -288,10 +289,10 @@ def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
     parts.check_embedding(run.gate, run.shipped, runner, vocab, prompts.probes, limits)
 
 
-def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Array]) -> LoweringTotals:
+def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, DecoderInputs]) -> LoweringTotals:
     """The lowering of the decoder, both sides fed the original's embeddings in the graph's own precision."""
     rounded = _round_half if run.decoder_is_half else _unchanged
-    given = {name: rounded(array) for name, array in wanted.items()}
+    given = {name: inputs.mapped(rounded) for name, inputs in wanted.items()}
     embeds = static_cache.with_room(run.gate, given, run.capacity)
     if not embeds:
         return LoweringTotals()
@@ -313,7 +314,7 @@ def _branches(run: _Run, reference: Reference) -> TorchRunner:
     return prefill.PromptReference(reference, prefill.prompt_codes(run.artifact)[0])
 
 
-def _check_consistency(run: _Run, embeds: Mapping[str, Array]) -> None:
+def _check_consistency(run: _Run, embeds: Mapping[str, DecoderInputs]) -> None:
     split = prefill.has_prompt_graph(run.artifact)
     left, continued = _takes_left_padding(run.artifact), in_two_prompts if split else token_by_token
     check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=left, continued=continued)
@@ -362,13 +363,13 @@ def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool
         run.gate.not_run("quantization/accuracy", "model", "quantization", reason)
     embeds = {}
     with run.gate.guard("model/merged_inputs_run", "model", "lowering"):
-        embeds = {p.name: parts.merged_inputs(run.shipped, p.exported) for p in prompts.probes}
+        embeds = {p.name: parts.merged_input(run.shipped, p.exported) for p in prompts.probes}
     if fitting := static_cache.with_room(run.gate, embeds, run.capacity):
         _check_consistency(run, fitting)
     _check_engines(run, embeds)
 
 
-def _check_engines(run: _Run, embeds: Mapping[str, Array]) -> None:
+def _check_engines(run: _Run, embeds: Mapping[str, DecoderInputs]) -> None:
     """What there is of engines in an export of the layout that has them, on the decoder's inputs `embeds`."""
     if run.artifact.manifest.layout == TENSORRT_LAYOUT:
         check_engines(run.gate, run.artifact, embeds)

@@ -9,7 +9,8 @@ import numpy as np
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact
 from vlmexport.runtime.decoder import SharedCache
-from vlmexport.runtime.protocol import Array, Cache, Runner
+from vlmexport.runtime.decoder_inputs import DecoderInputs
+from vlmexport.runtime.protocol import Cache, Runner
 from vlmexport.verify.decoder import DECODE_STEPS, PART
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.quantization import Item
@@ -24,16 +25,16 @@ def capacity_of(artifact: Artifact) -> int | None:
     return int(model["tensorrt"]["limits"]["max_seq"]) if model.get("attention") == "static" else None
 
 
-def with_room(gate: Gate, embeds: Mapping[str, Array], capacity: int | None) -> dict[str, Array]:
-    """The prompts ``[1, tokens, hidden]`` that fit the cache with a short answer; the others are reported as not run.
+def with_room(gate: Gate, embeds: Mapping[str, DecoderInputs], capacity: int | None) -> dict[str, DecoderInputs]:
+    """The prompts that fit the cache with a short answer; the others are reported as not run.
 
     Reported are ``decoder/prefill[probe]``.
     """
     if capacity is None:
         return dict(embeds)
-    fitting = {name: rows for name, rows in embeds.items() if rows.shape[1] + DECODE_STEPS <= capacity}
+    fitting = {name: rows for name, rows in embeds.items() if rows.length + DECODE_STEPS <= capacity}
     for name in embeds.keys() - fitting.keys():
-        tokens = embeds[name].shape[1]
+        tokens = embeds[name].length
         reason = f"{tokens} tokens and {DECODE_STEPS} of an answer do not fit the static cache of {capacity}"
         gate.not_run(f"decoder/prefill[{name}]", PART, "lowering", reason)
     return fitting
@@ -50,13 +51,13 @@ def answerable(gate: Gate, items: Sequence[Item], tokens: int, capacity: int | N
     return fitting
 
 
-def check_overfull(gate: Gate, runner: Runner, sequence: Array, capacity: int) -> None:
+def check_overfull(gate: Gate, runner: Runner, sequence: DecoderInputs, capacity: int) -> None:
     """``decoder/overfull``: the last slot takes a token, and what would lie behind it is refused.
 
-    `sequence` ``[1, tokens, hidden]`` gives the token. What is between is never computed: the cache is told a length.
+    `sequence`, one prompt, gives the token. What is between is never computed: the cache is told a length.
     """
     with gate.guard(OVERFULL, PART, "lowering"):
-        token = sequence[:, :1]
+        token = sequence.embeds[:, :1]
         _, cache = runner.prefill(token, np.ones((1, 1), np.int64), 1)
         cache.lengths = np.array([capacity - 1], np.int64)
         runner.decode(token, cache)

@@ -87,8 +87,8 @@ def probe_operator(decoder: Any, layer: nn.Module, axes: int) -> RotaryOperator:
     if cos.ndim == 3 and cos.shape[-1] <= head_dim:
         got = apply(*pair, cos, sin)
         for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
-            tables = [_once(table, doubled).unsqueeze(1) for table in (cos, sin)]
-            wanted = [_turned(x, *tables, interleaved) for x in pair]
+            c, s = (_once(table, doubled).unsqueeze(1) for table in (cos, sin))
+            wanted = [_turned(x, c, s, interleaved) for x in pair]
             if all((g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
                 return RotaryOperator(interleaved, doubled, modeling)
     raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
