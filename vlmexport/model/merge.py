@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlmexport.errors import ArtifactError
+from vlmexport.model.anyres import AnyRes, Array
 from vlmexport.model.blocks import MaskKind
 
 
@@ -19,6 +21,7 @@ class MergeSpec:
     for image tokens by their patch grid, of which `spatial_merge_size` x `spatial_merge_size` patches are one token.
     `mask`: ``causal`` for all tokens; with ``image_blocks`` and ``prefix`` blocks of tokens see each other, which the
     decoder gets as ``block_ids`` (`model/blocks.py`).
+    `packing`: how the projector's rows become feature rows; None where they are those.
     `extras`: further decoder inputs that the family needs, by graph input (none for plain scatter families).
     `deepstack_layers`: so many first decoder layers get features of their own added to their result at the image
     tokens; a feature row is then ``1 + deepstack_layers`` rows of the hidden size, the embedding's first.
@@ -30,6 +33,7 @@ class MergeSpec:
     position_start: int = 0
     mask: MaskKind = "causal"
     extras: tuple[str, ...] = ()
+    packing: AnyRes | None = None
     spatial_merge_size: int = 1
     deepstack_layers: int = 0
 
@@ -43,4 +47,19 @@ class MergeSpec:
         known = {f.name for f in dataclasses.fields(MergeSpec)}
         if unknown := sorted(data.keys() - known):
             raise ArtifactError(f"merge specification has unknown keys {unknown}")
-        return MergeSpec(**{**data, "extras": tuple(data.get("extras", ()))})
+        packing = data.get("packing")
+        return MergeSpec(
+            **{
+                **data,
+                "extras": tuple(data.get("extras", ())),
+                "packing": None if packing is None else AnyRes.from_dict(packing),
+            }
+        )
+
+    def encoder_inputs(self, pixel_inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What the vision encoder takes of what the processor made."""
+        return pixel_inputs if self.packing is None else self.packing.tiles(pixel_inputs)
+
+    def packed(self, rows: Array, pixel_inputs: Mapping[str, Array]) -> Array:
+        """The projector's `rows` as they are merged."""
+        return rows if self.packing is None else self.packing.pack(rows, pixel_inputs)

@@ -81,7 +81,8 @@ class OnnxRunner:
     def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
-        features = self._vision.run(without_padding_pictures(pixel_inputs) if static else pixel_inputs)
+        inputs = self.merge_spec.encoder_inputs(pixel_inputs)
+        features = self._vision.run(without_padding_pictures(inputs) if static else inputs)
         return features[0] if len(features) == 1 else features
 
     def project(self, vision_features: VisionFeatures) -> Array:
@@ -91,8 +92,8 @@ class OnnxRunner:
         return checked("projector", "image_features", features, (None, width))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
-        """``project(vision(pixel_inputs))``."""
-        return self.project(self.vision(pixel_inputs))
+        """``project(vision(pixel_inputs))``, packed where the family packs."""
+        return self.merge_spec.packed(self.project(self.vision(pixel_inputs)), pixel_inputs)
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""

@@ -32,7 +32,7 @@ from vlmexport.split.positions import (
     with_deepstack,
     with_positions,
 )
-from vlmexport.split.vision import split_vision
+from vlmexport.split.vision import packed_features, projector_packing, split_vision
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -53,7 +53,9 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     _refuse_nan(vlm, calls)
     vision, projector = split_vision(vlm, examples)
     decoder, merge, difference = split_decoder(vlm, examples, calls)
-    features = [projector.module(**example) for example in projector.examples]
+    made = zip(projector.examples, examples, strict=True)
+    features = [packed_features(projector, projector.module(**inner), example) for inner, example in made]
+    merge = dataclasses.replace(merge, packing=projector_packing(projector))
     for example, call, rows in zip(examples, calls, features, strict=True):
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows))
     parts = {

@@ -76,7 +76,9 @@ class _Watch:
         self.calls[index] = self._call(args, kwargs)
         if index == kind or kind not in self.calls:
             return
-        weights = dict(layer.named_parameters())  # its buffers stay behind: a repeated layer has those of the first
+        weights: dict[str, torch.Tensor] = dict(
+            layer.named_parameters()
+        )  # its buffers stay behind: a repeated layer has those of the first
         self.comparing = True
         try:
             other = torch.func.functional_call(self.layers[kind], weights, args, kwargs)

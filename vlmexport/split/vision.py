@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
+from vlmexport.model.anyres import AnyRes
 from vlmexport.split.axes import dynamic_dims
 from vlmexport.split.decoder import text_decoder
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
+from vlmexport.split.tiles import Tiling, find_tiling
 from vlmexport.split.usage import parameters_behind
 
 if TYPE_CHECKING:
@@ -135,6 +137,7 @@ class Projector(VisionPart):
         self, projector: nn.Module, call: ProjectorCall, inputs: tuple[str, ...], used: tuple[str, ...]
     ) -> None:
         super().__init__(projector, ("image_features",), used)
+        self.packing: AnyRes | None = None
         self._projector = (projector,)
         self._call = call
         self._inputs = inputs
@@ -145,6 +148,30 @@ class Projector(VisionPart):
         features: torch.Tensor = self._projector[0](*args, **kwargs)
         return features.reshape(-1, features.shape[-1])
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model's own projector."""
+        return self._projector[0]
+
+
+class TileProjector(Projector):
+    """A projector of tiles, which are packed afterwards: with the row that ends a line, when there is one, as the last.
+
+    Its parameters have their whole-model names.
+    """
+
+    def __init__(self, model: PreTrainedModel, projector: Projector, tiling: Tiling) -> None:
+        super().__init__(projector.wrapped, projector._call, projector._inputs, projector.used)
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.used = (*self.used, *tiling.newline_name(model))
+        self.packing = tiling.anyres
+        self._tiling = (tiling,)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Feature rows of all tiles, then the row that ends a line."""
+        rows, newline = super().forward(**inputs), self._tiling[0].newline
+        return rows if newline is None else torch.cat([rows, newline[None].to(rows.dtype)])
+
 
 def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     """Cut the vision side of `vlm` into its VISION_ENCODER and PROJECTOR parts, and prove them on all `examples`.
@@ -154,6 +181,9 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     """
     ask = find_feature_call(vlm.model, vlm.facts.image_token_id, examples[0])
     pixels = tuple({name: example[name] for name in ask.arguments} for example in examples)
+    packed = ask
+    if (tiling := find_tiling(vlm, ask)) is not None:
+        ask = tiling.unpacked(ask)
     projector = find_projector(vlm, ask, pixels[0])
     calls = [_record_call(vlm, ask, projector, example) for example in pixels]
     names = tuple("vision_features" if i == 0 else f"vision_features_{i}" for i in range(len(calls[0].tensors)))
@@ -162,10 +192,14 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     for example, call in zip(hidden, calls, strict=True):
         _check_features(vlm, Projector(projector, call.form, names, ()), example, call.features)
     encoder_names, projector_names = _used_parameters(vlm, ask, projector, pixels[0], calls[0])
+    wrapper = Projector(projector, calls[0].form, names, projector_names)
+    if tiling is not None:
+        wrapper = TileProjector(vlm.model, wrapper, tiling)
+        _check_packing(vlm, wrapper, tiling.anyres, packed, (pixels, hidden))
+        ask, pixels = tiling.of_tiles(packed), tuple(tiling.tiles(example) for example in pixels)
     encoder = VisionEncoder(vlm.model, ask, projector, names, encoder_names)
     # `calls` ran the same encoder on every example; one run of the wrapper (the costly side) checks how it is wired.
     _check_encoder(vlm, encoder, pixels[0], calls[0])
-    wrapper = Projector(projector, calls[0].form, names, projector_names)
     return _parts(vlm, encoder, wrapper, pixels, hidden)
 
 
@@ -183,7 +217,8 @@ def unused_parameter_names(vlm: VLM, vision: Part, projector: Part) -> tuple[str
     used = {*part_parameter_names(vision), *part_parameter_names(projector)}
     encoder = _image_encoder(vlm.model)
     inside = {} if encoder is None else weight_names(vlm.model, encoder)
-    inside |= weight_names(vlm.model, vlm.model.get_submodule(projector.prefix.removesuffix(".")))
+    if isinstance(projector.module, Projector):
+        inside |= weight_names(vlm.model, projector.module.wrapped)
     inside |= _other_towers(vlm.model, used)
     return tuple(name for name in inside if name not in used)
 
@@ -332,6 +367,40 @@ def _check_features(vlm: VLM, projector: Projector, hidden: Example, expected: t
     _refuse_difference(vlm, "projector", got, expected)
 
 
+def projector_packing(projector: Part) -> AnyRes | None:
+    """How the rows of a PROJECTOR part are packed; None for rows that are merged as they are."""
+    return projector.module.packing if isinstance(projector.module, Projector) else None
+
+
+def packed_features(projector: Part, rows: torch.Tensor, example: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The projector's `rows` as they are merged; `example` is what the processor made. Packed ones are float32."""
+    packing = projector_packing(projector)
+    return rows if packing is None else _pack(packing, rows, example)
+
+
+def _pack(packing: AnyRes, rows: torch.Tensor, example: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    arrays = {name: tensor.numpy() for name, tensor in example.items() if not tensor.is_floating_point()}
+    return torch.from_numpy(packing.pack(rows.float().numpy(), arrays))
+
+
+def _check_packing(
+    vlm: VLM,
+    projector: Projector,
+    packing: AnyRes,
+    ask: FeatureCall,
+    examples: tuple[tuple[Example, ...], tuple[Example, ...]],
+) -> None:
+    """`examples` are the processor's outputs, and what reaches the projector of them."""
+    with torch.no_grad():
+        for example, inner in zip(*examples, strict=True):
+            wanted, got = flat_features(vlm, ask(example)), _pack(packing, projector(**inner), example)
+            if got.shape != wanted.shape:
+                raise UnsupportedModelError(
+                    f"{vlm.facts.model_type}: {len(got)} packed feature rows, the model makes {len(wanted)}"
+                )
+            _refuse_difference(vlm, "packing", got, wanted)
+
+
 def _check_encoder(vlm: VLM, encoder: VisionEncoder, inputs: Example, call: _Call) -> None:
     with torch.no_grad():
         got = encoder(**inputs)
@@ -357,7 +426,7 @@ def _parts(
     inputs = tuple(TensorSpec(name, _dtype(t), input_dims[name]) for name, t in pixels[0].items())
     middle = tuple(TensorSpec(name, _dtype(t), dims[name]) for name, t in hidden[0].items())
     features = TensorSpec("image_features", "float32", ("image_tokens", vlm.facts.hidden_size))
-    prefix = module_path(vlm.model, projector._projector[0]) + "."
+    prefix = "" if projector.packing is not None else module_path(vlm.model, projector.wrapped) + "."
     return (
         Part(Role.VISION_ENCODER, encoder, "", Signature(inputs, middle), pixels),
         Part(Role.PROJECTOR, projector, prefix, Signature(middle, (features,)), hidden),

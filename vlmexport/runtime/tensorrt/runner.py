@@ -128,7 +128,8 @@ class TensorRtRunner:
         Raises `BadInputError` for more pictures, or tiles of them, than the engine was built for.
         """
         names = feature_outputs(spec.name for spec in self.artifact.manifest.parts["vision_encoder"].outputs)
-        features = self._outputs("vision_encoder", without_padding_pictures(pixel_inputs), *names)
+        inputs = without_padding_pictures(self.merge_spec.encoder_inputs(pixel_inputs))
+        features = self._outputs("vision_encoder", inputs, *names)
         return features[0] if len(features) == 1 else features
 
     def project(self, vision_features: VisionFeatures) -> Array:
@@ -137,8 +138,8 @@ class TensorRtRunner:
         return checked("projector", "image_features", features, (None, self.model["hidden_size"]))
 
     def image_features(self, pixel_inputs: Mapping[str, Array]) -> Array:
-        """``project(vision(pixel_inputs))``."""
-        return self.project(self.vision(pixel_inputs))
+        """``project(vision(pixel_inputs))``, packed where the family packs."""
+        return self.merge_spec.packed(self.project(self.vision(pixel_inputs)), pixel_inputs)
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""
