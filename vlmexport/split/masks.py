@@ -68,9 +68,13 @@ class SeenMasks:
 
 
 def visible(blocks: torch.Tensor, valid: torch.Tensor, window: int | None, *, cut: bool) -> torch.Tensor:
-    """Bool ``[B, 1, S, T]``: does new token i see token j? See `BlockMasks.build`."""
+    """Bool ``[B, 1, S, T]``: does new token i see token j? See `BlockMasks.build`.
+
+    A window counts valid tokens, wherever padding lies between them.
+    """
     total, length = valid.shape[1], blocks.shape[1]
-    queries, keys = torch.arange(total - length, total)[:, None], torch.arange(total)
+    ranks = valid.long().cumsum(dim=1)
+    queries, keys = ranks[:, total - length :, None], ranks[:, None, :]
     whole = nn.functional.pad(blocks, (total - length, 0))
     same = (blocks[:, :, None] == whole[:, None, :]) & (blocks > 0)[:, :, None]
     causal = keys <= queries

@@ -91,8 +91,9 @@ def lower_prefill(
         int8=frozenset(name for name, scheme in schemes.items() if scheme.group_size == PER_CHANNEL),
         shared=frozenset(w.name for w in plan.weights if w.name not in schemes),
     )
-    dialect = choose_dialect(traced, linears, target)
-    model = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears)
+    dialect = choose_dialect(traced, linears, target, module.blocks)
+    cap = module.logit_cap
+    model = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
     return PrefillGraph(model, linears, errors, blocked)
 
 
