@@ -76,9 +76,8 @@ class _Watch:
         self.calls[index] = self._call(args, kwargs)
         if index == kind or kind not in self.calls:
             return
-        weights: dict[str, torch.Tensor] = dict(
-            layer.named_parameters()
-        )  # its buffers stay behind: a repeated layer has those of the first
+        # Its buffers stay behind: a repeated layer has those of the first.
+        weights: dict[str, torch.Tensor] = dict(layer.named_parameters())
         self.comparing = True
         try:
             other = torch.func.functional_call(self.layers[kind], weights, args, kwargs)
