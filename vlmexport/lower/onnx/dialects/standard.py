@@ -48,8 +48,21 @@ class StandardDialect(GrowingCache):
         last = tape.op("ReduceMax", [slots, column], {"keepdims": 0})
         self.shared = {"keys": keys, "queries": queries, "valid": valid, "causal": causal}
         if self.blocks is not None:
-            self.shared["same"] = same_block(tape, inputs["block_ids"], behind_past(tape, inputs["block_ids"], past))
+            self._blocks(tape, inputs, past)
         self.shared["last_valid"] = tape.op("Max", [tape.op("Sub", [last, past]), zero])
+
+    def _blocks(self, tape: Tape, inputs: dict[str, ir.Value], past: ir.Value) -> None:
+        """Which tokens share a block, and queries and keys counted in valid tokens: padding takes none of a window."""
+        new, one = inputs["block_ids"], tape.initializer(ir.tensor(1, dtype=_INT64, name="ranks.axis"))
+        rows, columns = (tape.initializer(ir.tensor([1, n], dtype=_INT64, name=f"ranks.{n}")) for n in (3, 2))
+        last = tape.initializer(ir.tensor([1], dtype=_INT64, name="ranks.last"))
+        ranks = tape.op("CumSum", [inputs["attention_mask"], one])
+        indices = tape.op("Squeeze", [self.shared["queries"], last])
+        self.shared |= {
+            "same": same_block(tape, new, behind_past(tape, new, past)),
+            "queries": tape.op("Unsqueeze", [tape.op("Gather", [ranks, indices], {"axis": 1}), rows]),
+            "keys": tape.op("Unsqueeze", [ranks, columns]),
+        }
 
     def last_valid(self, tape: Tape) -> ir.Value:
         """Index of each row's last valid new position."""
