@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from vlmexport.lower.onnx import neutral
 
 _FUNCTION = "apply_rotary_pos_emb"
 _LIMIT = 1e-5
+_TABLE_AXES = 3  # of a table ``[B, S, width]`` for the tokens of a call
 _TABLE_ARGUMENTS = 2  # of a rotary module: a tensor whose type the tables get, and the positions
 
 
@@ -73,6 +74,45 @@ def _overridden(modeling: str, function: Callable[..., Any]) -> Iterator[None]:
         setattr(module, _FUNCTION, original)
 
 
+def find_rotary(decoder: Any, layers: Sequence[nn.Module], axes: int) -> Rotary | RotaryOperator:
+    """The decoder's rotation in a form that an operator has: tables by position inside attention where they suffice.
+
+    Positions on several `axes`, and tables that differ from layer to layer, are for an operator in front of it. Raises
+    `UnsupportedModelError` as `probe_rotary`.
+    """
+    if axes > 1:
+        return probe_operator(decoder, layers[0], axes)
+    if _rotary_call(decoder, layers[0])[1] <= _TABLE_ARGUMENTS:
+        return probe_rotary(decoder, layers[0])
+    apply, modeling, head_dim = _function(decoder, layers[0])
+    forms = {_form(apply, head_dim, cos, sin) for cos, sin in _reached_tables(decoder, layers)}
+    form = forms.pop() if len(forms) == 1 else None
+    if form is None:
+        raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
+    return RotaryOperator(*form, modeling)
+
+
+def _reached_tables(decoder: Any, layers: Sequence[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The tables ``[2, 7, width]`` that each layer gets for some positions."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 1000, (2, 7), generator=generator)
+    reached: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        reached.append(kwargs["position_embeddings"])
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    hidden = decoder.config.get_text_config().hidden_size
+    try:
+        with torch.no_grad():
+            embeds = torch.zeros(2, 7, hidden, dtype=decoder.dtype)
+            decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(cos.float(), sin.float()) for cos, sin in reached]
+
+
 def probe_operator(decoder: Any, layer: nn.Module, axes: int) -> RotaryOperator:
     """Check that the operator's formula reproduces the decoder's rotation at positions ``[axes, B, S]``.
 
@@ -83,15 +123,25 @@ def probe_operator(decoder: Any, layer: nn.Module, axes: int) -> RotaryOperator:
     positions = torch.randint(0, 1000, (axes, 2, 7), generator=generator)
     with torch.no_grad():
         cos, sin = _rotary_module(decoder, layer)(torch.zeros(1, 1, 1), positions)
+    form = _form(apply, head_dim, cos, sin)
+    if form is None:
+        raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
+    return RotaryOperator(*form, modeling)
+
+
+def _form(apply: Callable[..., Any], head_dim: int, cos: torch.Tensor, sin: torch.Tensor) -> tuple[bool, str] | None:
+    """``(interleaved, doubled)`` of the operator that does what `apply` does with the tables ``[2, 7, width]``."""
+    generator = torch.Generator().manual_seed(1)
     pair = [torch.randn(2, 3, 7, head_dim, generator=generator) for _ in range(2)]
-    if cos.ndim == 3 and cos.shape[-1] <= head_dim:
-        got = apply(*pair, cos, sin)
-        for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
-            c, s = (_once(table, doubled).unsqueeze(1) for table in (cos, sin))
-            wanted = [_turned(x, c, s, interleaved) for x in pair]
-            if all((g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
-                return RotaryOperator(interleaved, doubled, modeling)
-    raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
+    if cos.ndim != _TABLE_AXES or cos.shape[-1] > head_dim:
+        return None
+    got = apply(*pair, cos, sin)
+    for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
+        c, s = (_once(table, doubled).unsqueeze(1) for table in (cos, sin))
+        wanted = [_turned(x, c, s, interleaved) for x in pair]
+        if all((g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
+            return interleaved, doubled
+    return None
 
 
 def _once(table: torch.Tensor, doubled: str) -> torch.Tensor:
@@ -165,6 +215,14 @@ def _matches(
 
 
 def _rotary_module(decoder: Any, layer: nn.Module) -> nn.Module:
+    module, arguments = _rotary_call(decoder, layer)
+    if arguments > _TABLE_ARGUMENTS:
+        raise _refusal(decoder, "its rotary table depends on more than the position")
+    return module
+
+
+def _rotary_call(decoder: Any, layer: nn.Module) -> tuple[nn.Module, int]:
+    """The module that makes the tables of `layer`, and how many arguments it is called with."""
     outputs: list[tuple[nn.Module, Any, int]] = []
     reached: list[Any] = []
 
@@ -186,9 +244,7 @@ def _rotary_module(decoder: Any, layer: nn.Module) -> nn.Module:
             handle.remove()
     for module, out, arguments in outputs:
         if reached and out is reached[0]:
-            if arguments > _TABLE_ARGUMENTS:
-                raise _refusal(decoder, "its rotary table depends on more than the position")
-            return module
+            return module, arguments
     raise _refusal(decoder, "its layers do not get (cos, sin) from one rotary module")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from vlmexport.lower.onnx import neutral
-from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, probe_operator, probe_rotary
+from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, find_rotary
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.kinds import proven_kinds
 from vlmexport.split.layers import find_layers, overridden
@@ -57,9 +57,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     paths = tuple(module_path(model, layer) for layer in layers)
     kind_of = _kinds(decoder, layers, part.deepstack_layers) if repeat else tuple(range(len(layers)))
     axes = part.position_axes
-    rotary = None
-    if fuse_rotary:
-        rotary = probe_rotary(decoder, layers[0]) if axes == 1 else probe_operator(decoder, layers[0], axes)
+    rotary = find_rotary(decoder, list(layers), axes) if fuse_rotary else None
     deepstack = _Deepstack()
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
