@@ -26,6 +26,27 @@ def deepstack_added(decoder: nn.Module, embeds: torch.Tensor | None) -> Iterator
         yield
 
 
+@contextmanager
+def deepstack_seen(model: Any, instead: Any = None) -> Iterator[list[torch.Tensor]]:
+    """Within, what the image encoder of `model` gives for early decoder layers, ``[rows, hidden]`` each, is kept.
+
+    What comes after the encoder gets `instead` for each of them, where it is given.
+    """
+    found: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        levels = getattr(output, "deepstack_features", None) or []
+        found[:] = levels
+        if levels and instead is not None:
+            output.deepstack_features = [instead] * len(levels)
+
+    handle = model.get_encoder("image").register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def _adding(layer: nn.Module, added: torch.Tensor) -> Callable[..., Any]:
     forward = layer.forward
 

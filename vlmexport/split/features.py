@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.split.packed import packed_pictures
 
 _FUNCTION = "get_image_features"
 
@@ -27,7 +28,9 @@ class FeatureCall:
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The function's result for those of `inputs` that it takes."""
-        return self.function(**{argument: inputs[name] for name, argument in self.arguments.items() if name in inputs})
+        given = {argument: inputs[name] for name, argument in self.arguments.items() if name in inputs}
+        with packed_pictures(getattr(self.function, "__self__", None)):
+            return self.function(**given)
 
 
 def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.Tensor]) -> FeatureCall:
