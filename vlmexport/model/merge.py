@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlmexport.errors import ArtifactError
 from vlmexport.model.anyres import AnyRes, Array
 from vlmexport.model.blocks import MaskKind
+from vlmexport.model.pictures import EachPicture
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class MergeSpec:
     for image tokens by their patch grid, of which `spatial_merge_size` x `spatial_merge_size` patches are one token.
     `mask`: ``causal`` for all tokens; with ``image_blocks`` and ``prefix`` blocks of tokens see each other, which the
     decoder gets as ``block_ids`` (`model/blocks.py`).
-    `packing`: how the projector's rows become feature rows; None where they are those.
+    `packing`: how the projector's rows become feature rows; None where they are those. `pictures`: how what the vision
+    encoder makes of single pictures is joined; None where it takes all at once.
     `extras`: further decoder inputs that the family needs, by graph input (none for plain scatter families).
     `deepstack_layers`: so many first decoder layers get features of their own added to their result at the image
     tokens; a feature row is then ``1 + deepstack_layers`` rows of the hidden size, the embedding's first.
@@ -34,6 +36,7 @@ class MergeSpec:
     mask: MaskKind = "causal"
     extras: tuple[str, ...] = ()
     packing: AnyRes | None = None
+    pictures: EachPicture | None = None
     spatial_merge_size: int = 1
     deepstack_layers: int = 0
 
@@ -47,18 +50,24 @@ class MergeSpec:
         known = {f.name for f in dataclasses.fields(MergeSpec)}
         if unknown := sorted(data.keys() - known):
             raise ArtifactError(f"merge specification has unknown keys {unknown}")
-        packing = data.get("packing")
+        packing, pictures = data.get("packing"), data.get("pictures")
         return MergeSpec(
             **{
                 **data,
                 "extras": tuple(data.get("extras", ())),
                 "packing": None if packing is None else AnyRes.from_dict(packing),
+                "pictures": None if pictures is None else EachPicture(**pictures),
             }
         )
 
-    def encoder_inputs(self, pixel_inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """What the vision encoder takes of what the processor made."""
-        return pixel_inputs if self.packing is None else self.packing.tiles(pixel_inputs)
+    def encode(
+        self, pixel_inputs: Mapping[str, Array], encode: Callable[[Mapping[str, Array]], tuple[Array, ...]]
+    ) -> Array | tuple[Array, ...]:
+        """The vision features of what the processor made: one tensor, or several; `encode` runs the vision encoder."""
+        if self.pictures is not None:
+            return self.pictures.join([encode(picture)[0] for picture in self.pictures.pictures(pixel_inputs)])
+        features = encode(pixel_inputs if self.packing is None else self.packing.tiles(pixel_inputs))
+        return features[0] if len(features) == 1 else features
 
     def packed(self, rows: Array, pixel_inputs: Mapping[str, Array]) -> Array:
         """The projector's `rows` as they are merged."""

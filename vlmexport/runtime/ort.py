@@ -81,9 +81,9 @@ class OnnxRunner:
     def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features of all images of one prompt; names that the encoder does not know are left out."""
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
-        inputs = self.merge_spec.encoder_inputs(pixel_inputs)
-        features = self._vision.run(without_padding_pictures(inputs) if static else inputs)
-        return features[0] if len(features) == 1 else features
+        return self.merge_spec.encode(
+            pixel_inputs, lambda inputs: self._vision.run(without_padding_pictures(inputs) if static else inputs)
+        )
 
     def project(self, vision_features: VisionFeatures) -> Array:
         """Image features; see `Runner.project`."""

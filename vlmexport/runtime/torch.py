@@ -66,10 +66,13 @@ class TorchRunner:
     def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
         """Vision features by the split's encoder module."""
         part = self._part("vision_encoder")
-        inputs = self.merge_spec.encoder_inputs(pixel_inputs)
         names = [spec.name for spec in part.signature.inputs]
-        features = self._call(part.module, **{n: self._tensor(inputs[n]) for n in names})
-        return tuple(map(_array, features)) if isinstance(features, tuple) else _array(features)
+
+        def encode(inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+            features = self._call(part.module, **{n: self._tensor(inputs[n]) for n in names})
+            return tuple(map(_array, features)) if isinstance(features, tuple) else (_array(features),)
+
+        return self.merge_spec.encode(pixel_inputs, encode)
 
     def project(self, vision_features: VisionFeatures) -> Array:
         """Image features by the split's projector module."""

@@ -32,7 +32,7 @@ from vlmexport.split.positions import (
     with_deepstack,
     with_positions,
 )
-from vlmexport.split.vision import packed_features, projector_packing, split_vision
+from vlmexport.split.vision import packed_features, projector_packing, projector_pictures, split_vision
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -55,7 +55,7 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     decoder, merge, difference = split_decoder(vlm, examples, calls)
     made = zip(projector.examples, examples, strict=True)
     features = [packed_features(projector, projector.module(**inner), example) for inner, example in made]
-    merge = dataclasses.replace(merge, packing=projector_packing(projector))
+    merge = dataclasses.replace(merge, packing=projector_packing(projector), pictures=projector_pictures(projector))
     for example, call, rows in zip(examples, calls, features, strict=True):
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows))
     parts = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +49,10 @@ class Tiling:
         run = _without_packing(self.owner, ask.function)
         sizes = [(self.anyres.tile, self.anyres.tile)]
 
-        def function(**inputs: torch.Tensor) -> Any:
+        def function(_owner: Any, **inputs: torch.Tensor) -> Any:
             return run(**inputs, **{ask.arguments[SIZES]: sizes})
 
-        return FeatureCall(function, {PIXELS: ask.arguments[PIXELS]})
+        return FeatureCall(MethodType(function, self.owner), {PIXELS: ask.arguments[PIXELS]})
 
     def tiles(self, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tower's inputs for the processor's."""
@@ -77,11 +78,11 @@ def find_tiling(vlm: VLM, ask: FeatureCall) -> Tiling | None:
 
 
 def _without_packing(owner: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(**inputs: Any) -> Any:
-        with _rows_as_they_are(owner):
+    def run(itself: Any, **inputs: Any) -> Any:
+        with _rows_as_they_are(itself):
             return function(**inputs)
 
-    return run
+    return MethodType(run, owner)
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.anyres import AnyRes
+from vlmexport.model.pictures import EachPicture
 from vlmexport.split.axes import dynamic_dims
 from vlmexport.split.decoder import text_decoder
+from vlmexport.split.each import for_one_picture, joining, single_pictures, takes_sizes
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 Example = dict[str, torch.Tensor]
 # Features of the replayed parts may differ from the model's by rounding only (largest difference over largest value).
 REPLAY_LIMIT = 1e-6
+_FEATURES = "vision_features"
 
 
 class VisionPart(nn.Module):
@@ -103,7 +106,7 @@ class _Absorber:
     def __len__(self) -> int:
         return 1
 
-    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __getitem__
+    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __floordiv__ = __getitem__
 
 
 class VisionEncoder(VisionPart):
@@ -138,6 +141,7 @@ class Projector(VisionPart):
     ) -> None:
         super().__init__(projector, ("image_features",), used)
         self.packing: AnyRes | None = None
+        self.pictures: EachPicture | None = None
         self._projector = (projector,)
         self._call = call
         self._inputs = inputs
@@ -181,6 +185,8 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     """
     ask = find_feature_call(vlm.model, vlm.facts.image_token_id, examples[0])
     pixels = tuple({name: example[name] for name in ask.arguments} for example in examples)
+    if takes_sizes(ask, pixels[0]):
+        return _split_each(vlm, ask, pixels)
     packed = ask
     if (tiling := find_tiling(vlm, ask)) is not None:
         ask = tiling.unpacked(ask)
@@ -201,6 +207,53 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
     # `calls` ran the same encoder on every example; one run of the wrapper (the costly side) checks how it is wired.
     _check_encoder(vlm, encoder, pixels[0], calls[0])
     return _parts(vlm, encoder, wrapper, pixels, hidden)
+
+
+def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tuple[Part, Part]:
+    """`split_vision` for a tower that is run for one picture at a time, and a projector of all pictures' features."""
+    one, pictures = for_one_picture(ask), tuple(single_pictures(example) for example in pixels)
+    every = tuple(picture for example in pictures for picture in example)
+    projector, calls = _projector_of_each(vlm, one, every)
+    tensors = [call.tensors[0] for call in calls]
+    how = joining(tensors)
+    if how is None or len(calls[0].tensors) != 1:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: what its image encoder makes of single pictures cannot be joined for the "
+            f"projector: shapes {[tuple(t.shape) for t in tensors]}"
+        )
+    supply, hidden = iter(tensors), []
+    for group in pictures:
+        hidden.append({_FEATURES: torch.cat([next(supply) for _ in group], dim=how.axis)})
+    encoder_names, projector_names = _used_parameters(vlm, one, projector, every[0], calls[0])
+    wrapper = Projector(projector, calls[0].form, (_FEATURES,), projector_names)
+    wrapper.pictures = how
+    for example, joined in zip(pixels, hidden, strict=True):
+        with torch.no_grad():
+            expected = flat_features(vlm, ask(example))
+        _check_features(vlm, wrapper, joined, expected)
+    encoder = VisionEncoder(vlm.model, one, projector, (_FEATURES,), encoder_names)
+    _check_encoder(vlm, encoder, every[0], calls[0])
+    singles = tuple({_FEATURES: tensor} for tensor in tensors)
+    vision, _ = _parts(vlm, encoder, wrapper, every, singles)
+    _, part = _parts(vlm, encoder, wrapper, tuple(hidden), tuple(hidden))
+    return vision, part
+
+
+def _projector_of_each(vlm: VLM, ask: FeatureCall, pictures: tuple[Example, ...]) -> tuple[nn.Module, list[_Call]]:
+    """The outermost module that can be the projector of every picture, and how it is called for each.
+
+    One that is told the picture's size cannot: it belongs to the encoder, but for what it calls last.
+    """
+    refusal: UnsupportedModelError | None = None
+    for projector in reversed(_projectors(vlm, ask, pictures[0])):
+        calls = [_record_call(vlm, ask, projector, picture) for picture in pictures]
+        try:
+            _check_same_form(vlm, calls)
+        except UnsupportedModelError as error:
+            refusal = refusal or error
+        else:
+            return projector, calls
+    raise refusal or UnsupportedModelError(f"{vlm.facts.model_type}: no module makes the features of every picture")
 
 
 def part_parameter_names(part: Part) -> tuple[str, ...]:
@@ -252,6 +305,11 @@ def flat_features(vlm: VLM, result: Any) -> torch.Tensor:
 
 def find_projector(vlm: VLM, ask: FeatureCall, inputs: Example) -> nn.Module:
     """The outermost module below the image encoder's side whose output is the features, row for row."""
+    return _projectors(vlm, ask, inputs)[-1]
+
+
+def _projectors(vlm: VLM, ask: FeatureCall, inputs: Example) -> list[nn.Module]:
+    """All modules whose output is the features; of nested ones the outermost is the last."""
     seen: list[tuple[nn.Module, torch.Tensor]] = []
 
     def keep(module: nn.Module, _args: Any, output: Any) -> None:
@@ -268,13 +326,13 @@ def find_projector(vlm: VLM, ask: FeatureCall, inputs: Example) -> nn.Module:
     encoder = _image_encoder(vlm.model)
     around_encoder = {id(m) for m in vlm.model.modules() if encoder is not None and encoder in set(m.modules())}
     exact = [m for m, out in seen if id(m) not in around_encoder and _same_rows(out, features)]
-    # Hooks fire on the way out, so of nested modules with the same output the outermost is the last.
+    # Hooks fire on the way out.
     if not exact:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: no module computes the image features that get_image_features returns (they are "
             "packed or changed after the projector); this family needs a family module"
         )
-    return exact[-1]
+    return exact
 
 
 def _same_rows(output: torch.Tensor, features: torch.Tensor) -> bool:
@@ -370,6 +428,11 @@ def _check_features(vlm: VLM, projector: Projector, hidden: Example, expected: t
 def projector_packing(projector: Part) -> AnyRes | None:
     """How the rows of a PROJECTOR part are packed; None for rows that are merged as they are."""
     return projector.module.packing if isinstance(projector.module, Projector) else None
+
+
+def projector_pictures(projector: Part) -> EachPicture | None:
+    """How features of single pictures are joined for a PROJECTOR part; None when the encoder takes all at once."""
+    return projector.module.pictures if isinstance(projector.module, Projector) else None
 
 
 def packed_features(projector: Part, rows: torch.Tensor, example: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -128,9 +128,9 @@ class TensorRtRunner:
         Raises `BadInputError` for more pictures, or tiles of them, than the engine was built for.
         """
         names = feature_outputs(spec.name for spec in self.artifact.manifest.parts["vision_encoder"].outputs)
-        inputs = without_padding_pictures(self.merge_spec.encoder_inputs(pixel_inputs))
-        features = self._outputs("vision_encoder", inputs, *names)
-        return features[0] if len(features) == 1 else features
+        return self.merge_spec.encode(
+            pixel_inputs, lambda inputs: self._outputs("vision_encoder", without_padding_pictures(inputs), *names)
+        )
 
     def project(self, vision_features: VisionFeatures) -> Array:
         """Image features ``[image_tokens, hidden]``."""
