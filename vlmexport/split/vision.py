@@ -17,6 +17,7 @@ from vlmexport.model.anyres import AnyRes
 from vlmexport.model.pictures import EachPicture
 from vlmexport.split.axes import dynamic_dims
 from vlmexport.split.decoder import text_decoder
+from vlmexport.split.deepstack import deepstack_seen
 from vlmexport.split.each import for_one_picture, joining, single_pictures, takes_sizes
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.names import module_path, weight_names
@@ -56,6 +57,11 @@ class ProjectorCall:
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the call has."""
+        return sum(leaf is None for leaf in self.leaves)
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ProjectorCall, tuple[torch.Tensor, ...]]:
@@ -122,19 +128,20 @@ class VisionEncoder(VisionPart):
     ) -> None:
         super().__init__(model, outputs, used)
         # In tuples, so that they are not registered a second time.
-        self._cut = (ask, projector)
+        self._cut = (model, ask, projector)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The projector's input tensors: one tensor, or a tuple in the order of `outputs`."""
-        ask, projector = self._cut
-        with _intercepted(projector) as calls:
-            ask(inputs)
-        tensors = ProjectorCall.of(*calls[0])[1]
+        model, ask, projector = self._cut
+        tensors = _projector_inputs(model, ask, projector, inputs)
         return tensors[0] if len(tensors) == 1 else tensors
 
 
 class Projector(VisionPart):
-    """The tensors that reach the projector in (by name), features ``[image_tokens, hidden]`` out."""
+    """The tensors that reach the projector in (by name), features ``[image_tokens, hidden]`` out.
+
+    What comes in beside them are features for early decoder layers, which go out behind each row's own.
+    """
 
     def __init__(
         self, projector: nn.Module, call: ProjectorCall, inputs: tuple[str, ...], used: tuple[str, ...]
@@ -148,9 +155,17 @@ class Projector(VisionPart):
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Feature rows in the order of the image tokens."""
-        args, kwargs = self._call.rebuild(tuple(inputs[name] for name in self._inputs))
+        tensors = [inputs[name] for name in self._inputs]
+        args, kwargs = self._call.rebuild(tuple(tensors[: self._call.tensors]))
         features: torch.Tensor = self._projector[0](*args, **kwargs)
-        return features.reshape(-1, features.shape[-1])
+        features = features.reshape(-1, features.shape[-1])
+        deepstack = tensors[self._call.tensors :]
+        return torch.cat([features, *deepstack], dim=1) if deepstack else features
+
+    @property
+    def call(self) -> ProjectorCall:
+        """How the model calls its own projector."""
+        return self._call
 
     @property
     def wrapped(self) -> nn.Module:
@@ -356,7 +371,7 @@ def _record_call(vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Examp
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = projector.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), deepstack_seen(vlm.model) as deepstack:
             features = flat_features(vlm, ask(inputs))
     finally:
         handle.remove()
@@ -365,7 +380,16 @@ def _record_call(vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Examp
             f"{vlm.facts.model_type}: the projector ran {len(seen)} times for one prompt, expected 1"
         )
     form, tensors = ProjectorCall.of(*seen[0])
-    return _Call(form, tensors, features)
+    return _Call(form, (*tensors, *deepstack), torch.cat([features, *deepstack], dim=1) if deepstack else features)
+
+
+def _projector_inputs(
+    model: PreTrainedModel, ask: FeatureCall, projector: nn.Module, inputs: Example
+) -> tuple[torch.Tensor, ...]:
+    """The tensors that reach the projector, and what the encoder gives for early decoder layers."""
+    with _intercepted(projector) as calls, deepstack_seen(model, _Absorber()) as deepstack:
+        ask(inputs)
+    return (*ProjectorCall.of(*calls[0])[1], *deepstack)
 
 
 @contextmanager
@@ -391,12 +415,10 @@ def _used_parameters(
     model = vlm.model
 
     def encode() -> tuple[torch.Tensor, ...]:
-        with _intercepted(projector) as calls:
-            ask(inputs)
-        return ProjectorCall.of(*calls[0])[1]
+        return _projector_inputs(model, ask, projector, inputs)
 
     def project() -> tuple[torch.Tensor, ...]:
-        args, kwargs = call.form.rebuild(call.tensors)
+        args, kwargs = call.form.rebuild(call.tensors[: call.form.tensors])
         return (projector(*args, **kwargs),)
 
     encoder_names, projector_names = parameters_behind(model, encode), parameters_behind(model, project)
@@ -488,7 +510,8 @@ def _parts(
     dims = dynamic_dims([{**p, **h} for p, h in zip(pixels, hidden, strict=True)], input_dims)
     inputs = tuple(TensorSpec(name, _dtype(t), input_dims[name]) for name, t in pixels[0].items())
     middle = tuple(TensorSpec(name, _dtype(t), dims[name]) for name, t in hidden[0].items())
-    features = TensorSpec("image_features", "float32", ("image_tokens", vlm.facts.hidden_size))
+    levels = 1 + len(hidden[0]) - projector.call.tensors
+    features = TensorSpec("image_features", "float32", ("image_tokens", levels * vlm.facts.hidden_size))
     prefix = "" if projector.packing is not None else module_path(vlm.model, projector.wrapped) + "."
     return (
         Part(Role.VISION_ENCODER, encoder, "", Signature(inputs, middle), pixels),
