@@ -11,6 +11,7 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.positions import AXES
+from vlmexport.split.cache import check_cache
 from vlmexport.split.decoder import (
     DecoderCall,
     DecoderPart,
@@ -51,6 +52,7 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     examples = processor_examples(vlm) if examples is None else examples
     calls = [capture_decoder_call(vlm.model, example) for example in examples]
     _refuse_nan(vlm, calls)
+    check_cache(vlm)
     vision, projector = split_vision(vlm, examples)
     decoder, merge, difference = split_decoder(vlm, examples, calls)
     made = zip(projector.examples, examples, strict=True)
