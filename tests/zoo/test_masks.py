@@ -26,12 +26,12 @@ from vlmexport.split.capture import split_model
 LIMIT = 1e-4
 _SLOW = pytest.mark.slow
 FORMS = [
-    pytest.param(("gemma3", "standard")),
-    pytest.param(("gemma3", "gqa"), marks=pytest.mark.slow),
-    pytest.param(("paligemma", "gqa"), marks=pytest.mark.slow),
-    pytest.param(("paligemma", "standard"), marks=pytest.mark.slow),
-    pytest.param(("paligemma2", "gqa")),
-    pytest.param(("paligemma2", "standard"), marks=pytest.mark.slow),
+    pytest.param(("gemma3", "gqa")),
+    pytest.param(("gemma3", "standard"), marks=_SLOW),
+    pytest.param(("paligemma", "gqa"), marks=_SLOW),
+    pytest.param(("paligemma", "standard"), marks=_SLOW),
+    pytest.param(("paligemma2", "gqa"), marks=_SLOW),
+    pytest.param(("paligemma2", "standard"), marks=_SLOW),
 ]
 
 

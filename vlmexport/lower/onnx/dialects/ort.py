@@ -72,16 +72,21 @@ class OrtDialect(GrowingCache):
             self.shared["cos"] = self.linears.constant("rotary.cos", self.rotary.cos)
             self.shared["sin"] = self.linears.constant("rotary.sin", self.rotary.sin)
         if self.blocks is not None:
-            self._blocks(tape, inputs["block_ids"], valid, (zero, past, length, total))
+            self._blocks(tape, inputs["block_ids"], (valid, last), (zero, past, length, total))
 
     def _blocks(
-        self, tape: Tape, new: ir.Value, valid: ir.Value, sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value]
+        self,
+        tape: Tape,
+        new: ir.Value,
+        rows_ends: tuple[ir.Value, ir.Value],
+        sizes: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
     ) -> None:
         """Slots of queries ``[B, 1, S, 1]`` and keys ``[T]``, which keys are valid, and which share a block.
 
-        A row's new tokens sit behind its own valid ones, or from slot 0 in a first call, where `valid` counts them.
+        A row's new tokens sit behind its own valid ones, or from slot 0 in a first call, where they are counted among
+        them. Padding counts as the row's last valid token: a query that sees nothing at all would give NaN.
         """
-        zero, past, length, total = sizes
+        (valid, last), (zero, past, length, total) = rows_ends, sizes
         one = tape.initializer(ir.tensor(1, dtype=ir.DataType.INT64, name="slots.1"))
         heads = tape.initializer(ir.tensor([1, 3], dtype=ir.DataType.INT64, name="slots.heads"))
         rows = tape.initializer(ir.tensor([1, 2, 3], dtype=ir.DataType.INT64, name="slots.rows"))
@@ -89,6 +94,7 @@ class OrtDialect(GrowingCache):
         keys = tape.op("Range", [zero, total, one])
         first = tape.op("Max", [tape.op("Sub", [valid, length]), zero])
         slots = tape.op("Add", [tape.op("Unsqueeze", [first, column]), tape.op("Range", [zero, length, one])])
+        slots = tape.op("Min", [slots, tape.op("Unsqueeze", [last, column])])
         self.shared |= {
             "keys": keys,
             "queries": tape.op("Unsqueeze", [slots, heads]),
