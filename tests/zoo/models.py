@@ -300,30 +300,6 @@ def _instruct_pixels() -> tuple[Pixels, ...]:
     return tuple(made)
 
 
-def _perception_lm(token: int) -> Any:
-    vision = {
-        "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "num_features": 64,
-        "do_pooling": False, "model_args": {
-            "img_size": [32, 32], "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "global_pool": "",
-            "use_post_transformer_norm": False,
-        },
-    }  # fmt: skip
-    return _build(
-        "PerceptionLM", text_config=_text("llama"), vision_config=vision, image_token_id=token,
-        vision_use_cls_token=False, projector_pooling_ratio=2,
-    )  # fmt: skip
-
-
-def _paligemma(text: str) -> Callable[[int], Any]:
-    def make(token: int) -> Any:
-        vision = _vision("siglip_vision_model", vision_use_head=False)
-        return _build(
-            "PaliGemma", text_config=_text(text), vision_config=vision, image_token_index=token, projection_dim=HIDDEN
-        )
-
-    return make
-
-
 def _got_ocr2(token: int) -> Any:
     vision = {
         "hidden_size": 64, "output_channels": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 128,
@@ -353,8 +329,5 @@ ZOO: dict[str, Zoo] = {
     "lfm2_vl": Zoo(_lfm2_vl, _lfm2_pixels),
     "blip2": Zoo(_blip2, _pictures(2, 1, 3)),
     "instructblip": Zoo(_instructblip, _instruct_pixels),
-    "perception_lm": Zoo(_perception_lm, _pictures(2, 1, 3)),
-    "paligemma": Zoo(_paligemma("gemma"), _pictures(2, 1, 3)),
-    "paligemma2": Zoo(_paligemma("gemma2"), _pictures(2, 1, 3)),
     "got_ocr2": Zoo(_got_ocr2, _pictures(2, 1, 3, side=128)),
 }
