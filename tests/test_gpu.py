@@ -67,8 +67,8 @@ def test_names_are_found_as_people_write_them(written: str, name: str) -> None:
 
 def test_both_a100_titles_say_which_is_meant_by_a100() -> None:
     assert "80" in load_gpu("a100").title
-    assert "a100 alone" in load_gpu("a100-80").title
-    assert "a100 alone" in load_gpu("a100-40").title
+    assert "a100 alone means this one" in load_gpu("a100-80").note
+    assert "a100 alone means the one with 80 GB" in load_gpu("a100-40").note
 
 
 @pytest.mark.parametrize(

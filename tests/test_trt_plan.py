@@ -12,12 +12,12 @@ from vlmexport import demo
 from vlmexport.engines import TrtLimits
 from vlmexport.errors import BadInputError, NotPossibleHereError
 from vlmexport.gpu import load_gpu
+from vlmexport.kept_codes import fitting_group
 from vlmexport.model.load import VLM, load_vlm
 from vlmexport.split.capture import split_model
 from vlmexport.split.parts import Split
 from vlmexport.trt_options import TrtOptions, trt_onnx_options, trt_scheme
 from vlmexport.trt_plan import check_trt_options, decide_engines, plan_trt
-from vlmexport.trt_schemes import fitting_block
 from vlmexport.trt_shapes import images_of_a_picture, vision_axes
 
 RTX = "1.7.1.116"
@@ -75,6 +75,9 @@ def test_what_has_no_effect_is_refused(quant: str, more: dict[str, int], message
         (options(max_images=0), "--max-images is 0; it must be 1 or more"),
         (options(max_prompt=0), "--max-prompt is 0; it must be 1 or more"),
         (options(engines=True, backend="script"), "exclude each other"),
+        (options(portable=True, backend="script"), "--portable has no effect"),
+        (options(portable=True, engines=False), "--portable has no effect"),
+        (options(portable=True, backend="trt"), "--portable needs TensorRT for RTX"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(wanted: TrtOptions, message: str) -> None:
@@ -84,17 +87,20 @@ def test_bad_options_are_refused_before_a_model_is_loaded(wanted: TrtOptions, me
 
 def test_groups_that_the_parser_refuses_are_refused() -> None:
     scheme = trt_scheme("rtn", group_size=16)
-    with pytest.raises(BadInputError, match="group size is 16; TensorRT's INT4 weights take 128, 64, 32"):
+    with pytest.raises(BadInputError, match="group size is 16; 4-bit weights of target tensorrt take 128 or 64 or 32"):
         check_trt_options(TrtOptions(trt_onnx_options(scheme), "a100"), RTX)
     scheme = trt_scheme("rtn", bits=8, group_size=32)
-    with pytest.raises(BadInputError, match="one scale per output channel"):
+    with pytest.raises(BadInputError, match=r"group size is 32; 8-bit weights of target tensorrt take -1 \(one scale"):
         check_trt_options(TrtOptions(trt_onnx_options(scheme), "a100"), RTX)
 
 
 def test_who_builds_engines() -> None:
     a100, h100 = load_gpu("a100"), load_gpu("h100")
     assert decide_engines(options(), a100, RTX).builder == "rtx"
-    assert decide_engines(options(portable=True), h100, RTX).builder == "rtx"
+    assert decide_engines(options(portable=True), a100, RTX).builder == "rtx"
+    for name in ("t4", "h100", "agx-orin-64"):
+        refused = decide_engines(options(portable=True), load_gpu(name), RTX)
+        assert refused.builder == "" and "a portable engine" in refused.reason
     nobody = decide_engines(options(), h100, RTX)
     assert nobody.builder == "" and "no target for NVIDIA H100" in nobody.reason
     missing = decide_engines(options(), a100, None)
@@ -108,6 +114,7 @@ def test_who_builds_engines() -> None:
     ("wanted", "version", "message"),
     [
         (options(gpu="h100", engines=True), RTX, "engine not built: .* no target for NVIDIA H100"),
+        (options(gpu="h100", engines=True, portable=True), RTX, "engine not built: a portable engine"),
         (options(gpu="h200", backend="rtx"), RTX, "engine not built: .* no target for NVIDIA H200"),
         (options(engines=True), None, "engine not built: .*pip install 'vlmexport\\[rtx\\]'"),
         (options(backend="rtx"), None, "pip install 'vlmexport\\[rtx\\]'"),
@@ -132,6 +139,12 @@ def test_the_plan_of_the_bundled_model(model: tuple[VLM, Split]) -> None:
     assert data["gpu"]["name"] == "a100-80" and data["limits"]["max_seq"] == 512
 
 
+def test_fewer_images_than_a_picture_has_are_noted(model: tuple[VLM, Split]) -> None:
+    (note,) = plan_trt(*model, options(max_seq=64, max_images=2), RTX).notes
+    assert note.startswith("--max-images 2 is fewer than the 6 images")
+    assert plan_trt(*model, options(max_seq=64, max_images=6), RTX).notes == ()
+
+
 def test_a_cache_longer_than_the_positions_is_refused(model: tuple[VLM, Split]) -> None:
     positions = model[0].model.config.get_text_config().max_position_embeddings
     with pytest.raises(BadInputError, match=f"--max-seq is {positions + 1}; idefics3 has {positions} positions"):
@@ -154,11 +167,13 @@ def test_the_block_gives_way_to_the_models_widths_unless_it_was_named(tmp_path: 
         plan_trt(vlm, split, options("rtn", max_seq=256, group_named=True), RTX)
 
 
-def test_blocks_are_the_largest_that_divide() -> None:
-    assert [fitting_block({n}) for n in (256, 192, 96)] == [128, 64, 32]
-    assert fitting_block({256, 96}) == 32
-    with pytest.raises(BadInputError, match="40 input features, not a multiple of 32"):
-        fitting_block({256, 40})
+def test_groups_are_the_largest_that_divide() -> None:
+    sizes = (128, 64, 32)
+    assert [fitting_group({n}, sizes, "w") for n in (256, 192, 96)] == [128, 64, 32]
+    assert fitting_group({256, 96}, sizes, "w") == 32
+    assert fitting_group({40}, (32, -1), "w") == -1
+    with pytest.raises(BadInputError, match="w has 40 input features, not a multiple of 32"):
+        fitting_group({256, 40}, sizes, "w")
 
 
 def test_sizes_of_the_vision_side_grow_with_the_limit(model: tuple[VLM, Split]) -> None:

@@ -19,6 +19,8 @@ GPU_VERSION = 1
 LIST_WORD = "list"
 # The compute capabilities that TensorRT for RTX 1.7 compiles for ahead of time (facts/tensorrt.md, section 2).
 RTX_NAMES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+# What an engine for several architectures at once is compiled for: all of them from Ampere on.
+RTX_PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
 WEIGHT_KINDS = ("fp16", "int8", "int4")
 # TOML key to smallest and largest value that is no slip of the pen, and the factor to the unit of `Gpu`.
 _NUMBERS = {
@@ -36,11 +38,13 @@ class Gpu:
     `memory` in bytes, `bandwidth` in bytes per second, `fp16_flops` the dense FP16 tensor-core rate in operations per
     second. `shared_memory`: the CPU uses the same memory. `rtx` is TensorRT for RTX's name of its compute capability
     (``SM80``), or empty where it builds nothing for this GPU. `weights` are the precisions its engines take, `refused`
-    the reason for each other one (of ``int4``, ``int8``, ``fp16``). `source` says where the numbers are from.
+    the reason for each other one (of ``int4``, ``int8``, ``fp16``). `source` says where the numbers are from, `note`
+    which of several boards with a like name is meant (empty where there is one).
     """
 
     name: str
     title: str
+    note: str
     aliases: tuple[str, ...]
     compute_capability: str
     memory: int
@@ -121,6 +125,8 @@ def parse_gpu(data: dict[str, Any], origin: str) -> Gpu:
     for key in ("title", "source", "compute_capability"):
         if not isinstance(data[key], str) or not data[key]:
             raise _wrong(origin, f"{key} must be text")
+    if not isinstance(data["note"], str):
+        raise _wrong(origin, f"note {data['note']!r} must be text, empty for none")
     if not isinstance(data["shared_memory"], bool):
         raise _wrong(origin, f"shared_memory must be true or false, not {data['shared_memory']!r}")
     _check_compute_capability(data, origin)

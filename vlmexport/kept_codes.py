@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import BadInputError
@@ -54,6 +54,29 @@ def codes_scheme(name: str, codes: CodeFormat) -> QuantScheme:
         return QuantScheme(codes.bits, codes.symmetric, size, codes.codebook or IMPORTED)
     except BadInputError as error:
         raise BadInputError(f"{name} came quantized, {codes.words(per_channel=True)}: {error}") from error
+
+
+def requantized_scheme(codes: CodeFormat, name: str, group_sizes: Mapping[str, list[int]]) -> QuantScheme:
+    """What `codes` that a target cannot hold become when they are rounded again: symmetric, as many bits or more.
+
+    `group_sizes` are those that the target takes, by bits; the first that divides is taken. Raises `BadInputError` when
+    none does.
+    """
+    bits = 8 if codes.bits == 8 else 4
+    return make_scheme("rtn", bits, fitting_group({codes.in_features}, group_sizes[str(bits)], name))
+
+
+def fitting_group(widths: set[int], sizes: Sequence[int], name: str) -> int:
+    """The first of the group `sizes` that divides every one of the input `widths` (-1 always does, and is the last).
+
+    Raises `BadInputError` naming the width when none does.
+    """
+    for size in sizes:
+        if size == PER_CHANNEL or all(width % size == 0 for width in widths):
+            return size
+    least = min(sizes)
+    odd = min(width for width in widths if width % least)
+    raise BadInputError(f"{name} has {odd} input features, not a multiple of {least}, the smallest group; use --keep")
 
 
 class _Subset(Mapping[str, "QuantizedTensor"]):

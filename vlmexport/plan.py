@@ -12,13 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.kept_codes import check_kept, kept_scheme
+from vlmexport.kept_codes import check_kept, kept_scheme, requantized_scheme
 from vlmexport.prefill import check_prefill, prompt_bytes, prompt_schemes
 from vlmexport.quantize.advice import quantization_advice
 from vlmexport.quantize.blocks import block_size
 from vlmexport.quantize.registry import algorithm, check_installed
 from vlmexport.quantize.scheme import PER_CHANNEL, QuantScheme, make_scheme
-from vlmexport.trt_schemes import check_tensorrt_scheme, requantized_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -223,8 +222,14 @@ def _check_scheme(scheme: QuantScheme, target: Target) -> None:
         reason = target.quantization.refused.get(str(scheme.bits), "its runtime has no kernel for them")
         taken = ", ".join(map(str, target.quantization.bits))
         raise BadInputError(f"target {target.name} refuses {scheme.bits}-bit weights: {reason}; choose {taken}")
-    if target.onnx.dialect == "tensorrt":
-        check_tensorrt_scheme(scheme)
+    if target.quantization.symmetric_only and (not scheme.symmetric or algorithm(scheme.algorithm).codebook):
+        raise BadInputError(f"target {target.name} takes no zero points and no codebooks, only symmetric integers")
+    sizes = target.quantization.group_sizes.get(str(scheme.bits))
+    if sizes is not None and scheme.group_size not in sizes:
+        words = " or ".join("-1 (one scale per output row)" if s == PER_CHANNEL else str(s) for s in sizes)
+        raise BadInputError(
+            f"group size is {scheme.group_size}; {scheme.bits}-bit weights of target {target.name} take {words}"
+        )
 
 
 def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) -> ExportPlan:
@@ -373,7 +378,7 @@ class _Planner:
         if name == self._head and self.options.lm_head == "fp16":
             return None, "--lm-head fp16"
         if self.options.scheme is None:
-            return None, "--quant none" if self._target.onnx.dialect == "ort" else "--quant fp16"
+            return None, self._target.quantization.floats
         pattern = next((p for p in self.options.keep if matches_pattern(name, p)), None)
         if pattern is not None:
             return None, f"--keep {pattern}"
@@ -395,12 +400,21 @@ class _Planner:
         except BadInputError as error:
             if self.options.requantize:
                 words = kept.formats[name].words(per_channel=True)
-                return requantized_scheme(kept.formats[name], name), f"rounded again (--requantize), it came {words}"
+                sizes = self._target.quantization.group_sizes
+                return requantized_scheme(
+                    kept.formats[name], name, sizes
+                ), f"rounded again (--requantize), it came {words}"
             raise BadInputError(
                 f"the codes of the {kept.method} checkpoint cannot be kept: {error}, which needs the original weights; "
-                f"{_way_out(self._target)}"
+                f"{self._way_out()}"
             ) from error
         return scheme, f"codes kept from the {kept.method} checkpoint"
+
+    def _way_out(self) -> str:
+        """What to do with codes that the target cannot hold."""
+        settings = self._target.quantization
+        again = "or --requantize to round them again, " if settings.requantizes else ""
+        return f"{again}or {settings.floats} for floats"
 
     def _vision_reason(self, name: str) -> str:
         if self._kept is not None and name in self._kept.formats:
@@ -425,13 +439,6 @@ class _Planner:
             return tensor.numel() * tensor.element_size()
         found = self._kept.formats.get(name)  # the model is in float32, the checkpoint is not
         return tensor.numel() * self._float_bytes if found is None else found.stored
-
-
-def _way_out(target: Target) -> str:
-    """What to do with codes that `target` cannot hold."""
-    if target.onnx.dialect == "tensorrt":
-        return "or --requantize to round them again, or --quant fp16"
-    return "or --quant none for floats"
 
 
 def linear_weights(vlm: VLM) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
@@ -37,11 +37,20 @@ class OnnxSettings:
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """Bit widths the runtime takes; the reason for each that it refuses, and for each algorithm (by its name)."""
+    """Bit widths the runtime takes; the reason for each that it refuses, and for each algorithm (by its name).
+
+    `symmetric_only`: it takes no zero points and no codebooks. `group_sizes` by bits (-1: one scale per output row),
+    the usual one first; a width that is not there takes any. `floats` is the option that leaves weights unquantized.
+    `requantizes`: codes of a quantized checkpoint that it cannot hold may be rounded again (``--requantize``).
+    """
 
     bits: tuple[int, ...]
     refused: dict[str, str]
     refused_algorithms: dict[str, str]
+    symmetric_only: bool = False
+    group_sizes: dict[str, list[int]] = field(default_factory=dict)
+    floats: str = "--quant none"
+    requantizes: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,8 @@ def parse_target(data: dict[str, Any], origin: str) -> Target:
 
 def _build(kind: type[Any], data: dict[str, Any], origin: str) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
-    needed = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    absent = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is absent and f.default_factory is absent}
     missing, unknown = sorted(needed - data.keys()), sorted(data.keys() - known)
     if missing or unknown:
         raise BadInputError(f"target {origin}: missing keys {missing}, unknown keys {unknown}")

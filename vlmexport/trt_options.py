@@ -9,7 +9,6 @@ from vlmexport.errors import BadInputError
 from vlmexport.plan import OnnxOptions
 from vlmexport.quantize.registry import CHOICES
 from vlmexport.quantize.scheme import DEFAULT_ALGORITHM, PER_CHANNEL, QuantScheme, make_scheme
-from vlmexport.trt_schemes import BLOCKS
 
 Backend: TypeAlias = Literal["auto", "rtx", "trt", "script"]
 Triton: TypeAlias = Literal["tensorrt", "onnxruntime"]
@@ -18,6 +17,8 @@ TARGET = "tensorrt"
 PRECISIONS = ("fp16", "int4", "int8")
 USUAL_LENGTH = 4096
 USUAL_PROMPT = 2048
+# Of NVIDIA's own INT4 kernels; what a target takes besides is in its profile.
+USUAL_GROUP = 128
 _INT8_BITS = 8
 
 
@@ -69,7 +70,7 @@ def trt_scheme(
         return make_scheme("rtn", _INT8_BITS, PER_CHANNEL if group_size is None else group_size, None, clip)
     name = DEFAULT_ALGORITHM if quant == "int4" else quant
     wide = bits == _INT8_BITS or name in ("torchao:int8wo", "fp8", "smoothquant", "torchao:int8da-int8w")
-    default = PER_CHANNEL if wide else BLOCKS[0]
+    default = PER_CHANNEL if wide else USUAL_GROUP
     return make_scheme(name, bits, default if group_size is None else group_size, None, clip)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmexport.engines import AxisRange, TrtLimits
-from vlmexport.errors import BadInputError, NotPossibleHereError
-from vlmexport.gpu import Gpu, load_gpu
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
+from vlmexport.gpu import RTX_PORTABLE, Gpu, load_gpu
+from vlmexport.kept_codes import fitting_group
 from vlmexport.plan import ExportPlan, check_options, linear_weights, matches_pattern, plan_export
 from vlmexport.quantize.registry import IMPORTED
 from vlmexport.quantize.scheme import PER_CHANNEL, make_scheme
@@ -16,7 +17,6 @@ from vlmexport.split.parts import Role
 from vlmexport.target import load_target
 from vlmexport.trt_options import TARGET, USUAL_LENGTH, USUAL_PROMPT, TrtOptions
 from vlmexport.trt_prediction import ModelSizes, Prediction, check_fits
-from vlmexport.trt_schemes import fitting_block
 from vlmexport.trt_shapes import images_of_a_picture, patches_of_an_image, vision_axes
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class EngineDecision:
 class TrtPlan:
     """The graphs' plan, the GPU, the sizes that engines are built for, the prediction and who builds.
 
-    `vision_axes` are the ranges of the symbolic axes of the vision encoder and the projector.
+    `vision_axes` are the ranges of the symbolic axes of the vision encoder and the projector; `notes` are what a user
+    may not have meant.
     """
 
     export: ExportPlan
@@ -49,6 +50,7 @@ class TrtPlan:
     vision_axes: dict[str, AxisRange]
     prediction: Prediction
     engines: EngineDecision
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -57,7 +59,14 @@ class TrtPlan:
             "gpu": dataclasses.asdict(self.gpu),
             "limits": dataclasses.asdict(self.limits),
             "prediction": self.prediction.to_dict(),
-            "engines": dataclasses.asdict(self.engines),
+            "notes": self.notes,
+            "engines": {
+                **dataclasses.asdict(self.engines),
+                "backend": self.options.backend,
+                "portable": self.options.portable,
+                "two_decoders": self.options.two_decoders,
+                "triton": self.options.triton,
+            },
         }
 
 
@@ -87,13 +96,22 @@ def decide_engines(options: TrtOptions, gpu: Gpu, rtx_version: str | None) -> En
     if options.engines is False or options.backend == "script":
         if options.engines:
             raise BadInputError("--engines and --backend script exclude each other: a script builds nothing here")
+        if options.portable:
+            raise BadInputError("--portable has no effect without engines that TensorRT for RTX builds here")
         asked = "--no-engines" if options.engines is False else "--backend script"
         return EngineDecision("", f"{asked} was given")
     wanted = options.engines is True or options.backend == "rtx"
     reason = ""
     if options.backend == "trt":
+        if options.portable:
+            raise BadInputError("--portable needs TensorRT for RTX; TensorRT proper builds for the GPU that it is on")
         return _decide_tensorrt(options, gpu)
-    if not gpu.rtx and not options.portable:
+    if options.portable and gpu.compute_capability not in RTX_PORTABLE:
+        reason = (
+            f"a portable engine of TensorRT for RTX is for compute capability {', '.join(RTX_PORTABLE)}, and "
+            f"{gpu.title} has {gpu.compute_capability}; leave out --portable"
+        )
+    elif not gpu.rtx:
         reason = (
             f"TensorRT for RTX has no target for {gpu.title} (compute capability {gpu.compute_capability}), and "
             "TensorRT proper builds on the GPU itself: run build_engines.sh there"
@@ -134,17 +152,31 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
     fit the GPU's memory, or the cache is longer than the model's positions.
     """
     gpu, engines = check_trt_options(options, rtx_version)
+    if split.merge.mask != "causal":
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: tokens of an image or a prompt see each other (block_ids), which what runs engines "
+            "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
     options = settle_options(vlm, split, options)
     export = plan_export(vlm, split, load_target(TARGET), options.onnx)
     for bits in sorted({scheme.bits for scheme in export.schemes.values()}):
         gpu.check_weights(f"int{bits}")
-    images = options.max_images or images_of_a_picture(vlm, split)
+    usual = images_of_a_picture(vlm, split)
+    images = options.max_images or usual
     length = _length(options)
     limits = TrtLimits(options.max_batch, length, images, min(options.max_prompt or USUAL_PROMPT, length))
     patches = patches_of_an_image(vlm, split)
     sizes = ModelSizes.from_plan(export, vlm, patches, two_decoders=options.two_decoders)
     prediction = check_fits(gpu, sizes, limits)
-    return TrtPlan(export, options, gpu, limits, vision_axes(split, limits), prediction, engines)
+    axes = vision_axes(split, limits)
+    return TrtPlan(export, options, gpu, limits, axes, prediction, engines, _notes(images, usual))
+
+
+def _notes(images: int, usual: int) -> tuple[str, ...]:
+    if images >= usual:
+        return ()
+    few = f"--max-images {images} is fewer than the {usual} images that the processor makes of one usual picture"
+    return (f"{few}; larger pictures will be refused by the engines",)
 
 
 def settle_options(vlm: VLM, split: Split, options: TrtOptions) -> TrtOptions:
@@ -180,7 +212,10 @@ def _settled_scheme(vlm: VLM, split: Split, options: TrtOptions) -> QuantScheme 
         and not any(matches_pattern(name, pattern) for pattern in options.onnx.keep)
         and not (skip_head and parameter is head)
     }
-    return dataclasses.replace(scheme, group_size=fitting_block(widths, vlm.facts.model_type)) if widths else scheme
+    if not widths:
+        return scheme
+    sizes = [s for s in load_target(TARGET).quantization.group_sizes[str(scheme.bits)] if s != PER_CHANNEL]
+    return dataclasses.replace(scheme, group_size=fitting_group(widths, sizes, vlm.facts.model_type))
 
 
 def _length(options: TrtOptions) -> int:

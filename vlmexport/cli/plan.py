@@ -108,8 +108,11 @@ def plan_trt(session: Session, model: str, lora: str | None, options: TrtOptions
     print_plan(plan.export, console)
     for line in plan.prediction.lines():
         console.print(line, markup=False, soft_wrap=True)
-    reason = f"not here: {plan.engines.reason}" if plan.engines.reason else "TensorRT for RTX, here"
-    console.print(f"engines: {reason}", markup=False, soft_wrap=True)
+    builder = {"rtx": "TensorRT for RTX, here", "trt": "TensorRT proper, here"}
+    engines = builder[plan.engines.builder] if plan.engines.builder else f"not here: {plan.engines.reason}"
+    console.print(f"engines: {engines}", markup=False, soft_wrap=True)
+    for line in plan.notes:
+        console.print(f"note: {line}", style="dim", markup=False, soft_wrap=True)
 
 
 def print_gguf_plan(plan: GgufPlan, console: Console) -> None:

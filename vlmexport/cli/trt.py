@@ -59,7 +59,9 @@ def _list_gpus(context: click.Context, _parameter: click.Parameter, value: str) 
     console.print(
         "By data sheets; FP16 dense, on tensor cores. * shared with the CPU. TensorRT proper builds on each of them."
     )
-    console.print("`a100` means a100-80, `agx-orin` agx-orin-64; other aliases are in targets/trt/*.toml.")
+    for gpu in all_gpus():
+        if gpu.note:
+            console.print(f"{gpu.name}: {gpu.note}", style="dim")
     context.exit(0)
 
 
@@ -112,7 +114,8 @@ _OPTIONS = (
     click.option(
         "--backend", type=click.Choice(["auto", "rtx", "trt", "script"]), default="auto", show_default=True,
         help="Who builds engines: TensorRT for RTX without a GPU, TensorRT proper on this machine's GPU, or only the "
-        "script; `auto` takes RTX where it is installed and has the GPU among its targets.",
+        "script. `auto` takes RTX where it is installed and has the GPU among its targets; `rtx` ends with exit code 4 "
+        "where it cannot build, `trt` writes the script then.",
     ),
     click.option(
         "--engines/--no-engines", default=None, show_default="where they can be built",
@@ -229,6 +232,8 @@ def print_result(result: TrtResult, console: Console) -> None:
     plan = result.plan
     for line in plan.prediction.lines():
         console.print(line, style="dim", markup=False, soft_wrap=True)
+    for line in plan.notes:
+        console.print(f"[yellow]note:[/] {line}", soft_wrap=True)
     if result.built:
         table = Table("engine", "for")
         for name in ("size", "build time"):
