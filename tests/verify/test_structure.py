@@ -161,6 +161,14 @@ def test_a_right_export_has_the_right_signatures(artifact):
     assert {c.status for c in checks.values()} == {"passed"}
 
 
+def test_a_decoder_must_take_what_the_merge_needs(artifact):
+    model = artifact.manifest.model
+    needy = with_manifest(artifact, model={**model, "merge": {"image_token_id": 1, "extras": ["deepstack_embeds"]}})
+    checks = structure(needy)
+    assert [part for part, c in checks.items() if c.status == "failed"] == ["decoder"]
+    assert "input deepstack_embeds is missing" in checks["decoder"].reason
+
+
 def test_another_number_of_layers_or_heads_is_the_decoders_fault(artifact):
     for kv in (KVGeometry(2, 2, 4), KVGeometry(1, 3, 4)):
         checks = structure(artifact, kv)

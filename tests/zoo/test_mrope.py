@@ -13,9 +13,12 @@ import torch
 from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
 from tests.zoo.qwen import FAMILIES, SIZES, load_qwen, prompt, prompts
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.lower.onnx.decoder import lower_decoder
 from vlmexport.model.load import VLM
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.positions import prompt_positions
+from vlmexport.plan import ExportPlan
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs, stacked
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner
@@ -24,6 +27,7 @@ from vlmexport.split import capture
 from vlmexport.split.capture import split_decoder, split_model
 from vlmexport.split.decoder import capture_decoder_call
 from vlmexport.split.features import feature_rows, find_feature_call
+from vlmexport.target import load_target
 
 PIXELS = ("pixel_values", "image_grid_thw")
 
@@ -100,6 +104,19 @@ def test_packed_patches_give_the_models_own_features(vlm: VLM) -> None:
             wanted = feature_rows(vlm.model.get_image_features(**given), deep)
             found = feature_rows(ask(given), deep)
         assert relative(found.numpy(), wanted.numpy()) < 1e-5
+
+
+def test_the_tensorrt_layout_refuses_such_decoders(tmp_path: Path) -> None:
+    vlm = load_qwen("qwen3_vl", tmp_path)
+    examples = prompts(vlm)
+    part, _, _ = split_decoder(vlm, examples, [capture_decoder_call(vlm.model, example) for example in examples])
+    options = dataclasses.replace(FLOATS, target="tensorrt", attention="static", cache_length=64)
+    plan = ExportPlan("tiny", options, "fp32", "fp16", ())
+    weights = DecoderWeights({})
+    with pytest.raises(
+        UnsupportedModelError, match="qwen3_vl: its decoder takes positions on 3 axes and"
+    ):
+        lower_decoder(vlm, part, plan, load_target("tensorrt"), weights)
 
 
 def test_rows_of_a_batch_keep_their_positions(tmp_path: Path) -> None:

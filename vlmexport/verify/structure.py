@@ -59,7 +59,9 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
     if role is Role.EMBEDDING:
         return {"input_ids"}, {"inputs_embeds"}
     kinds = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
-    inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *(f"past_key_values.{k}" for k in kinds)}
+    further = artifact.manifest.model.get("merge", {}).get("extras", ())
+    inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *further}
+    inputs |= {f"past_key_values.{k}" for k in kinds}
     return inputs, {"logits", *(f"present.{k}" for k in kinds)}
 
 
