@@ -33,7 +33,7 @@ def packed_pictures(model: Any) -> Iterator[None]:
     """
     encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
     places = [] if encoder is None or encoder in (model, model.base_model) else list(_uses(encoder))
-    if not places:
+    if encoder is None or not places:
         yield
         return
     packed = _Packed()

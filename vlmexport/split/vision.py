@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
@@ -20,6 +18,7 @@ from vlmexport.split.decoder import text_decoder
 from vlmexport.split.deepstack import deepstack_seen
 from vlmexport.split.each import for_one_picture, joining, single_pictures, takes_sizes
 from vlmexport.split.features import FeatureCall, find_feature_call
+from vlmexport.split.interception import Absorber, ProjectorCall, intercepted
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
 from vlmexport.split.tiles import Tiling, find_tiling
@@ -49,70 +48,6 @@ class VisionPart(nn.Module):
         self.outputs = outputs
         self.training = wrapped.training
         self.used = used
-
-
-@dataclass(frozen=True)
-class ProjectorCall:
-    """How the projector is called: `spec` and `leaves` rebuild (args, kwargs); leaves that are None are tensors."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-
-    @property
-    def tensors(self) -> int:
-        """How many tensors the call has."""
-        return sum(leaf is None for leaf in self.leaves)
-
-    @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ProjectorCall, tuple[torch.Tensor, ...]]:
-        """Take a call apart: its form, and its tensors in order."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        constants = tuple(None if isinstance(leaf, torch.Tensor) else _Constant(leaf) for leaf in leaves)
-        return ProjectorCall(spec, constants), tensors
-
-    def rebuild(self, tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The (args, kwargs) of the call with `tensors` in their places."""
-        supply = iter(tensors)
-        leaves = [next(supply) if leaf is None else leaf.value for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: Any
-
-
-class _Absorber:
-    """Stands for the features while the encoder is run: whatever is done to it gives an absorber.
-
-    What a model does with its features after the projector (a list of rows, a split by counts read from a tensor) would
-    otherwise be traced and fix the number of images.
-    """
-
-    @classmethod
-    def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> _Absorber:
-        return cls()
-
-    def __getattr__(self, name: str) -> _Absorber:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> _Absorber:
-        return self
-
-    def __getitem__(self, _key: Any) -> _Absorber:
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self,))
-
-    def __len__(self) -> int:
-        return 1
-
-    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __floordiv__ = __getitem__
 
 
 class VisionEncoder(VisionPart):
@@ -387,25 +322,9 @@ def _projector_inputs(
     model: PreTrainedModel, ask: FeatureCall, projector: nn.Module, inputs: Example
 ) -> tuple[torch.Tensor, ...]:
     """The tensors that reach the projector, and what the encoder gives for early decoder layers."""
-    with _intercepted(projector) as calls, deepstack_seen(model, _Absorber()) as deepstack:
+    with intercepted(projector) as calls, deepstack_seen(model, Absorber()) as deepstack:
         ask(inputs)
     return (*ProjectorCall.of(*calls[0])[1], *deepstack)
-
-
-@contextmanager
-def _intercepted(projector: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Within, calling `projector` keeps its arguments and computes nothing."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return _Absorber()
-
-    projector.__dict__["forward"] = keep
-    try:
-        yield calls
-    finally:
-        del projector.__dict__["forward"]
 
 
 def _used_parameters(
