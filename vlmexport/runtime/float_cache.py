@@ -7,23 +7,20 @@ from typing import Any
 
 _CACHE = ("past_key_values.", "present.")
 _SETTINGS = ("kv_cache_bit_width", "k_quant_type", "v_quant_type")
-_COS, _SCALES = 7, 12
+_SCALES = 12
+_ACTIVATIONS = (1, 10)  # TensorProto.FLOAT, FLOAT16
 
 
 def with_float_cache(model: Any) -> None:
     """Take the quantization out of every GroupQueryAttention of the ONNX ``ModelProto``, in place.
 
-    The cache gets the type of the operator's rotary tables, which is the activations'. A graph whose cache is not
-    quantized stays as it is.
+    The cache gets the activations' type, that of the first float input. A graph whose cache is not quantized stays as it is.
     """
-    types = {i.name: i.data_type for i in model.graph.initializer}
-    kind = None
-    for graph in _graphs(model.graph):
-        for node in graph.node:
-            if node.op_type == "GroupQueryAttention" and _unquantize(node):
-                kind = types[node.input[_COS]]
-    if kind is None:
+    nodes = [node for graph in _graphs(model.graph) for node in graph.node if node.op_type == "GroupQueryAttention"]
+    if not any([_unquantize(node) for node in nodes]):
         return
+    given = [i.type.tensor_type.elem_type for i in model.graph.input if not i.name.startswith(_CACHE)]
+    kind = next(kind for kind in given if kind in _ACTIVATIONS)
     for graph in _graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.name.startswith(_CACHE):

@@ -13,6 +13,7 @@ from vlmexport.target import ParityLimits
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
 
+_FLOAT16_ROUNDING = 1.001 * 2.0**-11  # half a step, and what the rounding of a product in float32 adds to it
 _EMBEDDING_ROWS = 2048
 
 
@@ -76,13 +77,18 @@ def close_features(
 def check_embedding(
     gate: Gate, exported: Runner, reference: Runner, vocab_size: int, prompts: Sequence[Prompt], limits: ParityLimits
 ) -> None:
-    """``embed_tokens/table``: rows spread over the whole vocabulary, and those of the prompts."""
+    """``embed_tokens/table``: rows spread over the whole vocabulary, and those of the prompts.
+
+    Rows that are scaled cannot be float16 numbers any more: where the graph gives those, one rounding is allowed.
+    """
     spread = np.unique(np.linspace(0, vocab_size - 1, min(vocab_size, _EMBEDDING_ROWS)).astype(np.int64))
     used = [p.exported.input_ids[0] for p in prompts]
     ids = np.unique(np.concatenate([spread, *used]))[None]
     with gate.guard("embed_tokens/table", "embed_tokens", "lowering"):
         wanted, found = reference.embed(ids), exported.embed(ids)
-        gate.close("embed_tokens/table", "embed_tokens", "lowering", wanted, found, limits.embedding_rel)
+        rounded = found.dtype == np.float16 and not np.array_equal(wanted, wanted.astype(np.float16))
+        limit = max(limits.embedding_rel, _FLOAT16_ROUNDING) if rounded else limits.embedding_rel
+        gate.close("embed_tokens/table", "embed_tokens", "lowering", wanted, found, limit)
 
 
 def check_merged(
