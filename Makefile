@@ -13,11 +13,12 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv demo test check lint docs clean
+.PHONY: help venv demo test test-all check lint docs clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the main job on the bundled model"
-	@echo "make test    all tests"
+	@echo "make test    all tests but those of every single model family"
+	@echo "make test-all    the tests of every model family"
 	@echo "make check   ruff, format, mypy --strict, import contracts, fast tests"
 	@echo "make docs    write docs/cli.md from the commands' help"
 
@@ -27,10 +28,13 @@ demo: $(CORE)
 venv: $(DEV)
 
 test: $(DEV)
-	$(PYTEST)
+	$(PYTEST) -m "not family"
+
+test-all: $(DEV)
+	$(PYTEST) -m family
 
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not family"
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help (`make docs`); a test compares the two."""
+"""Write docs/cli.md from the commands' own help and the README's table of families (`make docs`); tests compare them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 import click
 
 from vlmexport.cli.main import COMMANDS, cli
+from vlmexport.support import support_markdown, support_table
 
-TARGET = Path(__file__).parent.parent / "docs" / "cli.md"
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
+START, END = "<!-- families -->\n", "<!-- /families -->"
 WIDTH = 100
 HEAD = """\
 # Command line
@@ -34,6 +38,12 @@ def reference() -> str:
     return "\n".join(sections)
 
 
+def readme() -> str:
+    """The README with the table of families as it is now."""
+    before, rest = README.read_text(encoding="utf-8").split(START, 1)
+    return f"{before}{START}{support_markdown(support_table())}{END}{rest.split(END, 1)[1]}"
+
+
 def _section(command: click.Command, context: click.Context) -> str:
     text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
     return f"## {context.command_path}\n\n```text\n{text}\n```\n"
@@ -41,3 +51,4 @@ def _section(command: click.Command, context: click.Context) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(reference(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlmexport.quantize_pipeline import CheckpointResult
     from vlmexport.runtime.generate import Answer
     from vlmexport.runtime.sampling import Sampling
+    from vlmexport.support import Support
     from vlmexport.trt_options import TrtOptions
     from vlmexport.trt_pipeline import TrtResult
     from vlmexport.trt_plan import TrtPlan
@@ -108,6 +109,28 @@ def export_onnx(
         lora=lora,
         trust_remote_code=trust_remote_code,
     )
+
+
+def families(family: str | None = None) -> tuple[Support, ...]:
+    """Which families export to which target, as measured; of `family` (a ``model_type``) alone where it is given.
+
+    Raises `BadInputError` for a family that is not in the table, with the closest names.
+    """
+    import difflib
+
+    from vlmexport.errors import BadInputError
+    from vlmexport.support import support_table
+
+    table = support_table()
+    known = list(dict.fromkeys(entry.family for entry in table))
+    if family is None:
+        return table
+    if family not in known:
+        close = difflib.get_close_matches(family, known) or known
+        raise BadInputError(
+            f"family {family!r} is not in the table (a model of it may still export); known: {', '.join(close)}"
+        )
+    return tuple(entry for entry in table if entry.family == family)
 
 
 def plan_trt(

@@ -1,0 +1,115 @@
+"""What ``vlmexport families`` says: every family of the zoo, measured on every target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.families.tiny_gguf import FAMILIES as GGUF_FAMILIES
+from tests.zoo import gemma, qwen
+from tests.zoo.models import ZOO, make_zoo, zoo_examples
+from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
+from vlmexport.errors import UnsupportedModelError, VlmExportError
+from vlmexport.gguf_options import GgufOptions
+from vlmexport.gguf_plan import plan_gguf
+from vlmexport.manifest import Artifact
+from vlmexport.model.load import VLM, load_vlm
+from vlmexport.plan import OnnxOptions
+from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.ort import OnnxRunner
+from vlmexport.runtime.protocol import ModelInputs
+from vlmexport.runtime.torch import TorchRunner
+from vlmexport.split.capture import split_model
+from vlmexport.trt_options import trt_onnx_options
+
+Verdict = dict[str, str]
+ONNX_LIMIT = 1e-4
+TENSORRT_LIMIT = 1e-2
+# Families that tests/families runs in llama.cpp itself, beside those of tests/families/tiny_gguf.py.
+_IN_LLAMA_CPP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "lfm2_vl")
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+FAMILIES = tuple(sorted({*ZOO, *gemma.FAMILIES, *qwen.FAMILIES}))
+
+
+def measure(family: str, folder: Path) -> dict[str, Verdict]:
+    """The verdict of every target on a tiny checkpoint of `family`."""
+    vlm, examples = _make(family, folder / "model")
+    found = {"gguf": _gguf(family, vlm)}
+    try:
+        zooed = Zooed(vlm, split_model(vlm, examples), examples)
+    except UnsupportedModelError as error:
+        refused = _refused(error)
+        return {"onnx": refused, "tensorrt": refused, **found}
+    found["onnx"] = _compared(zooed, lambda: _onnx(zooed, folder / "onnx"), ONNX_LIMIT)
+    floats = dataclasses.replace(trt_onnx_options(None), cache_length=512)
+    found["tensorrt"] = _compared(zooed, lambda: export(zooed, floats, folder / "trt"), TENSORRT_LIMIT)
+    return found
+
+
+def _make(family: str, folder: Path) -> tuple[VLM, tuple[dict[str, torch.Tensor], ...]]:
+    if family in qwen.FAMILIES:
+        vlm = qwen.load_qwen(family, folder)
+        return vlm, qwen.prompts(vlm)
+    if family in gemma.FAMILIES:
+        vlm = load_vlm(str(gemma.make_gemma(family, folder)))
+        return vlm, gemma.gemma_examples(family, vlm.facts.image_token_id)
+    vlm = load_vlm(str(make_zoo(family, folder)))
+    return vlm, zoo_examples(family, vlm.model, vlm.facts.image_token_id)
+
+
+def _gguf(family: str, vlm: VLM) -> Verdict:
+    try:
+        plan_gguf(vlm, GgufOptions(imatrix="none"))
+    except VlmExportError as error:
+        return _refused(error)
+    proven = family in (*GGUF_FAMILIES, *_IN_LLAMA_CPP)
+    return {"state": "verified" if proven else "unproven", "reason": ""}
+
+
+def _onnx(zooed: Zooed, folder: Path) -> Artifact:
+    """The fast form of attention, or the standard one where the family has no other."""
+    try:
+        return export(zooed, FLOATS, folder / "gqa")
+    except UnsupportedModelError as error:
+        if "--attention standard" not in str(error):
+            raise
+    return export(zooed, dataclasses.replace(FLOATS, attention="standard"), folder / "standard")
+
+
+def _compared(zooed: Zooed, make: Callable[[], Artifact], limit: float) -> Verdict:
+    try:
+        artifact = make()
+    except UnsupportedModelError as error:
+        return _refused(error)
+    worst = largest(zooed, artifact)
+    assert worst <= limit, f"{zooed.vlm.facts.model_type}: {worst:.2e} over {limit:.0e}"
+    form = OnnxOptions(attention=artifact.manifest.model["attention"]).attention
+    return {"state": "verified", "reason": "with --attention standard" if form == "standard" else ""}
+
+
+def largest(zooed: Zooed, artifact: Artifact) -> float:
+    """The largest relative difference of features, and of logits through `STEPS` steps behind every example."""
+    ours, theirs = OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split)
+    worst = 0.0
+    for example in zooed.examples:
+        pixels = {n: t.numpy() for n, t in example.items() if n not in _TEXT}
+        item = ModelInputs(example["input_ids"].numpy(), pixels)
+        (found, _), (wanted, mask) = (merged_inputs(runner, [item]) for runner in (ours, theirs))
+        images = item.input_ids == zooed.split.merge.image_token_id
+        worst = max(worst, relative(found.embeds[images], wanted.embeds[images]))
+        (reference, cache), (logits, past) = (wanted.prefill(runner, mask, 0) for runner in (theirs, ours))
+        worst = max(worst, relative(logits, reference))
+        for _ in range(STEPS):
+            token = theirs.embed(reference[:, -1:].argmax(-1).astype(np.int64))
+            reference, logits = theirs.decode(token, cache), ours.decode(token, past)
+            worst = max(worst, relative(logits, reference))
+    return worst
+
+
+def _refused(error: Any) -> Verdict:
+    return {"state": "refused", "reason": str(error)}
