@@ -65,7 +65,12 @@ class Static:
         return {n: np.zeros((batch, *i.shape[1:]), self.dtype) for n, i in pasts.items()}
 
     def run(
-        self, embeds: torch.Tensor, first: list[int], past: dict[str, np.ndarray], kept: list[list[int]] | None = None
+        self,
+        embeds: torch.Tensor,
+        first: list[int],
+        past: dict[str, np.ndarray],
+        kept: list[list[int]] | None = None,
+        **extra: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """Logits of the `kept` new positions (None: all) and the cache, for rows that begin at the slots `first`."""
         rows, length = embeds.shape[:2]
@@ -74,6 +79,7 @@ class Static:
             "write_indices": np.array(first, np.int64),
             "logits_positions": np.array(kept or [list(range(length))] * rows, np.int64),
             **past,
+            **{name: tensor.numpy() for name, tensor in extra.items()},
         }
         out = dict(zip(self.outputs, self.session.run(self.outputs, feed), strict=True))
         present = {n.replace("present", "past_key_values"): v for n, v in out.items() if n.startswith("present.")}
