@@ -13,7 +13,7 @@ from tests.lower.tensorrt.graphs import DecoderShape, part_of, write_decoder
 from vlmexport.manifest import Artifact, Manifest, write_manifest
 from vlmexport.model.kv import KVGeometry
 from vlmexport.runtime.decoder_inputs import DecoderInputs
-from vlmexport.runtime.protocol import ModelInputs
+from vlmexport.runtime.protocol import ModelInputs, require_right_padding
 from vlmexport.runtime.sessions import SessionSettings, open_session
 from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
@@ -170,6 +170,46 @@ def test_what_does_not_fit_is_not_run_and_never_passed(sound):
     (steps,) = [c for c in gate.checks if c.name == "decoder/decode"]
     assert steps.status == "not_run"
     assert "no room for 64 steps behind a prompt of 25" in steps.reason
+
+
+@pytest.mark.parametrize("probes", [("wide",), ("wide", "again")])
+def test_where_all_prompts_are_equally_long_a_batch_is_padded_all_the_same(sound, probes):
+    """As with ``--max-seq 40``, where one probe fits."""
+    embeds = {name: EMBEDS["wide"] for name in probes}
+    padded = []
+
+    class Watched(Runner):
+        def __init__(self, *, blind=False):
+            self.decoder, self.blind = sound.decoder, blind
+
+        def prefill(self, rows, mask, keep=1, **options):
+            if len(mask) > 1:
+                padded.append(mask.sum(axis=1).tolist())
+                require_right_padding(mask)
+                mask = np.ones_like(mask) if self.blind else mask
+            return sound.prefill(rows, mask, keep, **options)
+
+    for runner, red in ((Watched(), set()), (Watched(blind=True), {"decoder/ragged_batch", "decoder/exact_kl"})):
+        gate = Gate()
+        check_consistency(gate, runner, embeds, REL, left_pad=False)
+        check_lowering(gate, DecoderSubjects(runner, sound, sound, Runner.embed), embeds, LIMITS)
+        assert padded and all(row == [12, 25] for row in padded if row != [25, 25])
+        assert [12, 25] in padded
+        assert {c.name for c in gate.checks if c.status == "failed"} == red
+        assert {"decoder/padding_guard", "decoder/right_padding", "decoder/ragged_batch"} <= {
+            c.name for c in gate.checks if c.status != "not_run"
+        }
+
+
+def test_a_padding_check_that_could_see_no_padding_is_not_run(sound):
+    gate = Gate()
+    one = {"one": EMBEDS["short"].tokens(0, 1)}
+    check_lowering(gate, DecoderSubjects(sound, sound, sound, Runner.embed), one, LIMITS)
+    check_consistency(gate, sound, one, REL, left_pad=False)
+    names = ("ragged_batch", "padding_guard", "right_padding")
+    found = {c.name: c for c in gate.checks}
+    assert {found[f"decoder/{name}"].status for name in names} == {"not_run"}
+    assert "has no padding" in found["decoder/padding_guard"].reason
 
 
 def test_questions_that_do_not_fit_are_left_out_and_named():

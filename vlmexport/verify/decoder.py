@@ -6,7 +6,7 @@ may differ, and *as shipped*, where the runtime's own rounding is part of the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
 from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
-from vlmexport.runtime.protocol import Array, PartOutputError, Runner
+from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate, NotRunError
 
@@ -179,38 +179,49 @@ def check_consistency(
     equal the same prompts alone. Where it does not, ``decoder/padding_guard``: left padding, which such a graph answers
     with wrong numbers, is refused.
     """
-    sequences = list(embeds.values())
-    longest = max(sequences, key=lambda s: s.length)
+    longest = max(embeds.values(), key=lambda s: s.length)
     with gate.guard("decoder/keep_last", PART, "lowering"):
         whole, last = (_logits(exact, longest, keep) for keep in (0, 1))
         gate.close("decoder/keep_last", PART, "lowering", whole[:, -1:], last, limit)
     with gate.guard("decoder/cache", PART, "lowering"):
         gate.close("decoder/cache", PART, "lowering", _logits(exact, longest, 0), continued(exact, longest), limit)
-    shortest = min(sequences, key=lambda s: s.length)
     if not left_pad:
-        _padding_guard(gate, exact, [shortest, longest])
+        _padding_guard(gate, exact, embeds)
     sides: tuple[Literal["right", "left"], ...] = ("right", "left") if left_pad else ("right",)
     for side in sides:
         name = f"decoder/{side}_padding"
         with gate.guard(name, PART, "lowering"):
-            alone = [_logits(exact, s, 0)[0] for s in (shortest, longest)]
-            together = _padded_logits(exact, [shortest, longest], side)
+            rows = short_and_long(embeds.values())
+            alone = [_logits(exact, row, 0)[0] for row in rows]
+            together = _padded_logits(exact, rows, side)
             gate.close(name, PART, "lowering", np.concatenate(alone), np.concatenate(together), limit)
 
 
-def _padding_guard(gate: Gate, exact: Runner, rows: list[DecoderInputs]) -> None:
-    inputs, mask = stacked(rows, "left")
-    faults = []
-    try:
-        inputs.prefill(exact, mask, 1)
-    except BadInputError:
-        pass
-    except PartOutputError as error:
-        gate.fail("decoder/padding_guard", error.part, "lowering", str(error))
-        return
-    else:
-        faults.append("a left-padded batch was accepted, although the graph takes right padding only")
-    gate.verdict("decoder/padding_guard", PART, "lowering", faults, "faults")
+def short_and_long(prompts: Iterable[DecoderInputs]) -> list[DecoderInputs]:
+    """The shortest and the longest of single prompts: two rows that a batch pads.
+
+    Where all are equally long, the short row is the first half of the other. Raises `NotRunError` when that is nothing.
+    """
+    by_length = sorted(prompts, key=lambda prompt: prompt.length)
+    short, long = by_length[0], by_length[-1]
+    if short.length == long.length:
+        short = long.tokens(0, long.length // 2)
+    if not short.length:
+        raise NotRunError("all prompts are one token long: a batch of them has no padding")
+    return [short, long]
+
+
+def _padding_guard(gate: Gate, exact: Runner, embeds: Mapping[str, DecoderInputs]) -> None:
+    with gate.guard("decoder/padding_guard", PART, "lowering"):
+        inputs, mask = stacked(short_and_long(embeds.values()), "left")
+        faults = []
+        try:
+            inputs.prefill(exact, mask, 1)
+        except BadInputError:
+            pass
+        else:
+            faults.append("a left-padded batch was accepted, although the graph takes right padding only")
+        gate.verdict("decoder/padding_guard", PART, "lowering", faults, "faults")
 
 
 def _prefill(
@@ -259,8 +270,8 @@ def _ragged_batch(
     gate: Gate, subjects: DecoderSubjects, sequences: list[DecoderInputs], limits: DecoderLimits, totals: LoweringTotals
 ) -> None:
     """Two prompts of different length in one right-padded batch, then a few steps, against each prompt alone."""
-    rows = [min(sequences, key=lambda s: s.length), max(sequences, key=lambda s: s.length)]
     with gate.guard("decoder/ragged_batch", PART, "lowering"):
+        rows = short_and_long(sequences)
         alone = [_greedy_steps(subjects.reference, subjects.embed, row, _RAGGED_STEPS) for row in rows]
         wanted = np.stack([logits for logits, _ in alone], axis=1)
         inputs, mask = stacked(rows)
