@@ -13,13 +13,18 @@ from vlmexport.engines import (
     EngineSpec,
     Sidecar,
     TrtLimits,
+    built_facts,
     check_sidecar,
     decoder_profiles,
+    engine_files,
     engine_path,
-    find_engines,
     graph_digests,
+    sidecar_faults,
     sidecar_path,
     sm_name,
+    specs_of,
+    static_capacity,
+    tensorrt_facts,
 )
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import file_sha256
@@ -59,7 +64,8 @@ def test_the_right_engine_of_the_right_graph_is_accepted(engine: Path, graph: Pa
     sidecar = check_sidecar(engine, **HERE, graph=graph)
     assert sidecar == Sidecar.read(engine)
     assert [p.name for p in sidecar.spec.profiles] == ["prefill", "decode"]
-    assert find_engines(graph.parent) == [(engine, sidecar)]
+    assert engine_files(graph.parent) == engine_files(graph.parent, "sm80") == [engine]
+    assert engine_files(graph.parent, "sm86") == []
 
 
 def test_a_portable_engine_is_accepted_by_each_of_its_gpus(engine: Path) -> None:
@@ -106,8 +112,6 @@ def test_a_missing_engine_and_a_missing_sidecar_are_refused(engine: Path) -> Non
     assert "there is no engine" in refusal(engine.with_name("other.engine"))
     sidecar_path(engine).unlink()
     assert "has no sidecar decoder.engine.json" in refusal(engine)
-    with pytest.raises(ArtifactError, match="has no sidecar"):
-        find_engines(engine.parents[2])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x80"])
@@ -209,3 +213,92 @@ def _with_external_data(folder: Path, location: str) -> Path:
     graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", [x], [y], [tensor])
     onnx.save(helper.make_model(graph), folder / "g.onnx")
     return folder / "g.onnx"
+
+
+def faults(engine: Path, spec: EngineSpec | None = None, *, listed: bool = True, **said: Any) -> list[str]:
+    sidecar = replace(Sidecar.read(engine), **said)
+    return sidecar_faults(engine, sidecar, spec or Sidecar.read(engine).spec, listed=listed)
+
+
+def of_batch(spec: EngineSpec, batch: int) -> EngineSpec:
+    """The specification with another largest batch in its last profile."""
+    *before, last = spec.profiles
+    smallest, usual, largest = last.shapes["inputs_embeds"]
+    shapes = {**last.shapes, "inputs_embeds": (smallest, usual, (batch, *largest[1:]))}
+    return replace(spec, profiles=(*before, replace(last, shapes=shapes)))
+
+
+def test_a_sidecar_that_says_what_the_manifest_says_has_no_faults(engine: Path) -> None:
+    assert faults(engine) == faults(engine, listed=False) == []
+
+
+def test_other_shapes_than_the_manifests_are_seen_where_it_lists_the_place(engine: Path) -> None:
+    spec = Sidecar.read(engine).spec
+    (fault,) = faults(engine, spec=of_batch(spec, 99))
+    assert "takes inputs_embeds [1, 1, 64] [1, 1, 64] [2, 1, 64] in decode; the manifest has " in fault
+    assert fault.endswith("[99, 1, 64]")
+    assert faults(engine, spec=of_batch(spec, 99), listed=False) == []
+    shapes = dict(spec.profiles[0].shapes)
+    del shapes["write_indices"]
+    (fault,) = faults(engine, spec=replace(spec, profiles=(replace(spec.profiles[0], shapes=shapes), spec.profiles[1])))
+    assert fault.endswith("the manifest has nothing")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_another_part_and_other_profiles_are_seen_everywhere(engine: Path, listed: bool) -> None:
+    spec = Sidecar.read(engine).spec
+    other = replace(spec, name="embed_tokens", part="embed_tokens", profiles=spec.profiles[:1])
+    first, second = faults(engine, spec=other, listed=listed)
+    assert first == "decoder.engine is the engine decoder of decoder, as its sidecar says"
+    assert second == "decoder.engine has the profiles ['prefill', 'decode']; the manifest has ['prefill']"
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "good"),
+    [
+        ("sm80", {}, True),
+        ("sm86", {}, False),
+        ("sm120", {"compute_capabilities": ("12.0",)}, True),
+        ("sm80", {"compute_capabilities": ("8.0", "8.6")}, False),
+        ("portable", {"compute_capabilities": ("8.0", "8.6"), "gpu": ""}, True),
+        ("portable", {}, False),
+        ("a100-80", {}, True),
+        ("a100-40", {}, False),
+        ("h100", {"gpu": ""}, False),
+    ],
+)
+def test_a_folder_is_named_for_what_its_engines_run_on(
+    engine: Path, place: str, said: dict[str, Any], good: bool
+) -> None:
+    sidecar = replace(Sidecar.read(engine), **said)
+    found = sidecar_faults(engine.parents[1] / place / engine.name, sidecar, sidecar.spec, listed=True)
+    assert [f"decoder.engine lies in {place} and was built for " in f for f in found] == ([] if good else [True])
+
+
+BUILT = {"flavour": "rtx", "version": "1.7.1.116", "places": ["sm80"], "reason": ""}
+
+
+def test_a_manifests_facts_are_read_or_named() -> None:
+    model = {"attention": "static", "tensorrt": {"built": BUILT, "engines": [], "limits": {"max_seq": 48}}}
+    assert (built_facts(model), specs_of(model), static_capacity(model)) == (BUILT, (), 48)
+    assert static_capacity({"attention": "gqa"}) is None
+
+
+@pytest.mark.parametrize(
+    ("read", "facts", "words"),
+    [
+        (tensorrt_facts, None, "has no model.tensorrt"),
+        (built_facts, {}, "model.tensorrt lacks 'built'"),
+        (built_facts, {"built": None}, "model.tensorrt.built is None"),
+        (built_facts, {"built": {**BUILT, "places": "sm80"}}, "model.tensorrt.built is "),
+        (built_facts, {"built": {"flavour": "rtx"}}, "built lacks 'version'"),
+        (specs_of, {}, "model.tensorrt lacks 'engines'"),
+        (specs_of, {"engines": [{"name": "decoder"}]}, "model.tensorrt.engines is damaged: KeyError('part')"),
+        (specs_of, {"engines": None}, "model.tensorrt.engines is damaged"),
+        (static_capacity, {}, "model.tensorrt lacks 'limits'"),
+        (static_capacity, {"limits": {}}, "limits is {}, without max_seq"),
+    ],
+)
+def test_a_damaged_manifest_is_named(read: Any, facts: dict[str, Any] | None, words: str) -> None:
+    with pytest.raises(ArtifactError, match=re.escape(words)):
+        read({"attention": "static", **({} if facts is None else {"tensorrt": facts})})

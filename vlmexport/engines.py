@@ -19,14 +19,17 @@ from typing import Any, Literal, TypeAlias
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PartFile, file_sha256
 
+TENSORRT_LAYOUT = "tensorrt"  # of the exports that have engines
 ENGINES_FOLDER = "engines"
 ENGINE_SUFFIX = ".engine"
 SIDECAR_FORMAT = "vlmexport-engine"
 SIDECAR_VERSION = 1
+PORTABLE_PLACE = "portable"
 Flavour: TypeAlias = Literal["rtx", "trt"]
+# What the two libraries are called, and NVIDIA's Python modules of them, which have the same classes.
 LIBRARIES: dict[Flavour, str] = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
-# NVIDIA's Python modules; both have the same classes.
 MODULES: dict[Flavour, str] = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+INSTALL_RTX = "pip install 'vlmexport[rtx]'"
 # Smallest, usual and largest size of a dynamic axis.
 AxisRange: TypeAlias = tuple[int, int, int]
 Dims: TypeAlias = tuple[int, ...]
@@ -142,10 +145,53 @@ def engine_specs(
     return (*specs, EngineSpec("decoder", "decoder", profiles))
 
 
+_DAMAGE = (KeyError, TypeError, IndexError, AttributeError, ValueError)
+
+
+def tensorrt_facts(model: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """``model.tensorrt`` of a manifest, which has the `keys`; `ArtifactError` names the first that it lacks."""
+    facts = model.get("tensorrt")
+    if not isinstance(facts, dict):
+        raise ArtifactError("the manifest has no model.tensorrt: it says nothing of engines; export again")
+    if missing := [key for key in keys if key not in facts]:
+        raise ArtifactError(f"the manifest's model.tensorrt lacks {missing[0]!r}; export again")
+    return facts
+
+
 def specs_of(model: Mapping[str, Any]) -> tuple[EngineSpec, ...]:
-    """The engines that a manifest's ``model.tensorrt`` lists."""
-    listed: Iterable[dict[str, Any]] = model["tensorrt"]["engines"]
-    return tuple(EngineSpec.from_dict(entry) for entry in listed)
+    """The engines that a manifest's ``model.tensorrt`` lists; `ArtifactError` where the list is damaged."""
+    listed = tensorrt_facts(model, "engines")["engines"]
+    try:
+        return tuple(EngineSpec.from_dict(entry) for entry in listed)
+    except _DAMAGE as error:
+        raise ArtifactError(f"the manifest's model.tensorrt.engines is damaged: {error!r}; export again") from error
+
+
+_BUILT_KEYS = ("flavour", "version", "places", "reason")
+
+
+def built_facts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """``model.tensorrt.built`` of a manifest: what was built with the export; `ArtifactError` where that is damaged."""
+    built = tensorrt_facts(model, "built")["built"]
+    if not isinstance(built, dict) or not isinstance(built.get("places", []), list):
+        raise ArtifactError(f"the manifest's model.tensorrt.built is {built!r}; export again")
+    if missing := [key for key in _BUILT_KEYS if key not in built]:
+        raise ArtifactError(f"the manifest's model.tensorrt.built lacks {missing[0]!r}; export again")
+    return built
+
+
+def static_capacity(model: Mapping[str, Any]) -> int | None:
+    """Tokens of one sequence, prompt and answer, that a manifest's `model` has room for; None for a cache that grows.
+
+    Raises `ArtifactError` where a static cache's length is not given.
+    """
+    if model.get("attention") != "static":
+        return None
+    limits = tensorrt_facts(model, "limits")["limits"]
+    try:
+        return int(limits["max_seq"])
+    except _DAMAGE as error:
+        raise ArtifactError(f"the manifest's model.tensorrt.limits is {limits!r}, without max_seq") from error
 
 
 @dataclass(frozen=True)
@@ -194,7 +240,7 @@ class Sidecar:
             raise ArtifactError(f"{wrong[0]} is {data[wrong[0]]!r}")
         try:
             spec = EngineSpec.from_dict(data["spec"])
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except _DAMAGE as error:
             raise ArtifactError(f"spec is damaged: {error}") from error
         return Sidecar(
             data["flavour"],
@@ -239,6 +285,7 @@ class Sidecar:
 _REBUILD = "build the engine again (build_engines.sh in the export's folder)"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _COMPUTE_CAPABILITY = re.compile(r"(\d+)\.(\d)")
+_SM_NAME = re.compile(r"sm\d{2,}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -288,13 +335,9 @@ def sidecar_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def find_engines(root: Path) -> list[tuple[Path, Sidecar]]:
-    """Every engine of the export in `root` with its sidecar, by path; `ArtifactError` where a sidecar cannot be read.
-
-    Nothing but the sidecars is read: `check_sidecar` comes before the use of any of them.
-    """
-    found = sorted((root / ENGINES_FOLDER).glob(f"*/*{ENGINE_SUFFIX}"))
-    return [(path, Sidecar.read(path)) for path in found]
+def engine_files(root: Path, place: str = "*") -> list[Path]:
+    """The engines of the export in `root`, of all places or of one, whoever built them; by path."""
+    return sorted((root / ENGINES_FOLDER).glob(f"{place}/*{ENGINE_SUFFIX}"))
 
 
 def graph_digests(onnx_path: Path) -> dict[str, str]:
@@ -371,3 +414,44 @@ def _check_graph(engine: Path, sidecar: Sidecar, graph: Path) -> None:
     changed = sorted(name for name in now.keys() | sidecar.graph.keys() if now.get(name) != sidecar.graph.get(name))
     if changed:
         raise ArtifactError(f"{engine} was built from another {graph.name} ({', '.join(changed)} differ): {_REBUILD}")
+
+
+def sidecar_faults(engine: Path, said: Sidecar, spec: EngineSpec, *, listed: bool) -> list[str]:
+    """How the sidecar of ``<place>/NAME.engine`` differs from the manifest's `spec` of it and from its place's name.
+
+    `listed`: the manifest says that the place was built with the export; the shapes are then compared, too. Without it
+    the engine was built later and is only bound to part and profiles.
+    """
+    faults = []
+    if (said.spec.name, said.spec.part) != (spec.name, spec.part):
+        faults.append(f"{engine.name} is the engine {said.spec.name} of {said.spec.part}, as its sidecar says")
+    profiles, wanted = ([p.name for p in each.profiles] for each in (said.spec, spec))
+    if profiles != wanted:
+        faults.append(f"{engine.name} has the profiles {profiles}; the manifest has {wanted}")
+    elif listed:
+        faults += _shape_faults(engine, said.spec, spec)
+    return faults + _place_faults(engine, said)
+
+
+def _shape_faults(engine: Path, said: EngineSpec, wanted: EngineSpec) -> list[str]:
+    faults = []
+    for mine, theirs in zip(said.profiles, wanted.profiles, strict=True):
+        for name in sorted(mine.shapes.keys() | theirs.shapes.keys()):
+            shapes = mine.shapes.get(name), theirs.shapes.get(name)
+            if shapes[0] != shapes[1]:
+                texts = [" ".join(str(list(s)) for s in each) if each else "nothing" for each in shapes]
+                faults.append(f"{engine.name} takes {name} {texts[0]} in {mine.name}; the manifest has {texts[1]}")
+    return faults
+
+
+def _place_faults(engine: Path, said: Sidecar) -> list[str]:
+    """A folder is named for a compute capability, for several (`PORTABLE_PLACE`), or for a GPU."""
+    place, built_for = engine.parent.name, list(said.compute_capabilities)
+    if place == PORTABLE_PLACE:
+        good = len(built_for) > 1
+    elif _SM_NAME.fullmatch(place):
+        good = [sm_name(capability) for capability in built_for] == [place]
+    else:
+        good = said.gpu == place
+    named = f" ({said.gpu})" if said.gpu else ""
+    return [] if good else [f"{engine.name} lies in {place} and was built for {' and '.join(built_for)}{named}"]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.runtime.mock_export import mock_export
+from vlmexport.bench import run
 from vlmexport.bench.run import bench_artifact
 from vlmexport.bench.worker import load_inputs, save_inputs
+from vlmexport.cli.bench import print_bench
 from vlmexport.errors import BadInputError, VlmExportError
-from vlmexport.manifest import Artifact, write_manifest
+from vlmexport.manifest import Artifact, FileRecord, write_manifest
 from vlmexport.runtime.protocol import ModelInputs
 
 KEYS = {
@@ -32,6 +36,7 @@ def test_report_has_the_documented_keys(export: Artifact) -> None:
     report = bench_artifact(export.path, tokens=3, rounds=1, threads=1)
     data = json.loads(json.dumps(report.to_dict()))
     assert set(data["artifact"]) == KEYS
+    assert data["runtime"] == "ONNX Runtime on the CPU"
     assert set(data["references"]) == {"pytorch_fp32", "pytorch_bf16"}
     assert all(set(values) == KEYS for values in data["references"].values())
     assert all(value > 0 for value in data["ratios"].values())
@@ -49,6 +54,22 @@ def test_references_are_left_out_when_the_original_is_gone(export: Artifact, tmp
     assert report.references == {}
     assert report.ratios == {}
     assert "not measured" in report.settings["references"]
+
+
+def test_a_tensorrt_export_says_what_ran_and_what_did_not(export: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring is left out: the layout and the files are what the report goes by."""
+    files = {"decoder.onnx": 10, "engines/sm80/decoder.engine": 100, "triton/vlm/1/model.plan": 1000, "engines.json": 3}
+    records = {name: FileRecord("0" * 64, size) for name, size in files.items()}
+    manifest = dataclasses.replace(export.manifest, layout="tensorrt", files=records)
+    monkeypatch.setattr(run, "open_artifact", lambda path: Artifact(path, manifest))
+    monkeypatch.setattr(run, "_contenders", lambda *args: ({}, "none"))
+    monkeypatch.setattr(run, "_measure", lambda *args: ({"artifact": {"decode_tok_s": 2.0}}, 7))
+    data = bench_artifact(export.path).to_dict()
+    assert data["runtime"] == "ONNX Runtime on the CPU; no engine was run"
+    assert data["artifact"]["size_bytes"] == 13
+    console = Console(file=io.StringIO(), width=200)
+    print_bench(data, console)
+    assert "artifact: ONNX Runtime on the CPU; no engine was run\n" in console.file.getvalue()
 
 
 def test_a_given_model_must_be_there(export: Artifact, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,24 @@ def test_answer_streams_its_text(mock_artifact: Artifact, pictures: list[Path]) 
     assert set(data) == {"text", "token_ids", "prompt_tokens", "timings"}
     assert 0 < len(data["token_ids"]) <= 12
     assert data["timings"]["ttft_ms"] == data["timings"]["image_ms"] + data["timings"]["prefill_ms"]
+
+
+def static(artifact: Artifact, capacity: int) -> Artifact:
+    """The export with a manifest that promises room for `capacity` tokens; its own graphs have more."""
+    model = {**artifact.manifest.model, "attention": "static", "tensorrt": {"limits": {"max_seq": capacity}}}
+    return Artifact(artifact.path, replace(artifact.manifest, model=model))
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(20, 12), (5, 5), (1, 1), (0, 1)])
+def test_an_answer_ends_where_a_static_cache_does(
+    mock_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, room: int, tokens: int
+) -> None:
+    prompt_tokens = PromptBuilder(mock_artifact.path).build([], "what?").input_ids.shape[1]
+    runner = OnnxRunner(mock_artifact, threads=1)
+    runner.eos_token_ids = ()
+    monkeypatch.setattr("vlmexport.runtime.ort.OnnxRunner", lambda *args, **options: runner)
+    found = answer(static(mock_artifact, prompt_tokens + room), [], "what?", Sampling(max_new_tokens=12), threads=1)
+    assert (len(found.token_ids), found.prompt_tokens) == (tokens, prompt_tokens)
 
 
 def test_a_batch_answers_like_single_prompts(mock_artifact: Artifact, pictures: list[Path]) -> None:

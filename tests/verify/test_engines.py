@@ -230,6 +230,68 @@ def test_engines_built_later_by_the_script_may_be_of_another_version(artifact):
     assert checks["engines/run[sm86]"].status == "not_run"
 
 
+def other_shapes(artifact, place=PLACE):
+    spec = spec_of(artifact)
+    decode = spec.profiles[1]
+    low, usual, high = decode.shapes["inputs_embeds"]
+    shapes = {**decode.shapes, "inputs_embeds": (low, usual, (99, *high[1:]))}
+    changed = dataclasses.replace(spec, profiles=(spec.profiles[0], dataclasses.replace(decode, shapes=shapes)))
+    write_engine(artifact, changed, place)
+
+
+@pytest.mark.parametrize("hardware", [NO_GPU, machine()])
+def test_other_shapes_than_the_manifests_turn_red_in_a_place_that_it_lists(artifact, hardware):
+    other_shapes(artifact)
+    checks = judged(artifact, hardware)
+    assert [n for n, s in statuses(checks).items() if s == "failed"] == ["engines/sidecar[sm80/decoder]"]
+    assert "[99, 1, 64] in decode; the manifest has" in checks["engines/sidecar[sm80/decoder]"].reason
+    assert "nothing was loaded" in checks["engines/run[sm80]"].reason
+
+
+def test_a_folder_with_another_name_than_its_engines_were_built_for_turns_red(artifact):
+    folder = artifact.path / ENGINES_FOLDER
+    (folder / PLACE).rename(folder / "sm86")
+    later = changed_model(artifact, places=["sm86"])
+    checks = judged(later, machine())
+    assert {checks[f"engines/sidecar[sm86/{name}]"].status for name in NAMES} == {"failed"}
+    assert "lies in sm86 and was built for 8.0 (a100-80)" in checks["engines/sidecar[sm86/decoder]"].reason
+    assert checks["engines/run[sm86]"].status == "not_run"
+
+
+def only_some(artifact, *names):
+    """A place that the manifest does not list, in which a script built no more than `names`."""
+    for name in names:
+        write_engine(artifact, spec_of(artifact, name), "a100-80")
+
+
+def test_what_a_script_left_out_is_not_run_and_the_others_are_judged(artifact):
+    only_some(artifact, "decoder")
+    checks = {n: c for n, c in judged(artifact, machine()).items() if "a100-80" in n}
+    missing = {f"engines/sidecar[a100-80/{name}]" for name in NAMES[1:]}
+    missing |= {f"engines/{part}[a100-80]" for part in NAMES[1:]}
+    assert {n for n, c in checks.items() if c.status == "not_run"} == {*missing, "engines/run[a100-80]"}
+    assert all("was not built; run build_engines.sh" in checks[n].reason for n in missing)
+    assert checks["engines/sidecar[a100-80/decoder]"].status == "passed"
+    assert checks["engines/prefill[a100-80/text]"].status == checks["engines/decode[a100-80]"].status == "passed"
+    assert judged(artifact)["engines/run[a100-80]"].reason.startswith("there is no NVIDIA GPU driver here; to run them")
+
+
+def test_one_wrong_engine_of_a_script_turns_red(artifact):
+    write_engine(artifact, spec_of(artifact, "embed_tokens"), "a100-80", factor=1.01)
+    checks = judged(artifact, machine())
+    failed = {name for name, status in statuses(checks).items() if status == "failed"}
+    assert failed == {"engines/embed_tokens[a100-80]", "engines/run[a100-80]"}
+    assert checks["engines/decode[a100-80]"].status == "not_run"
+
+
+def test_a_batch_of_one_prompt_is_padded_all_the_same(artifact):
+    assert set(statuses(judged(artifact, machine(), {"text": rows(TINY.cache)})).values()) == {"passed"}
+    write_engine(artifact, spec_of(artifact), factor=1.01, wrong_rows=2)
+    seen = judged(artifact, machine(), {"text": rows(TINY.cache)})
+    failed = {name for name, status in statuses(seen).items() if status == "failed"}
+    assert failed == {"engines/ragged_batch[sm80]", "engines/run[sm80]"}
+
+
 def test_an_export_without_engines_says_why_and_what_builds_them(tmp_path):
     checks = judged(static_export(tmp_path / "bare", built=False))
     assert statuses(checks) == {"engines/run": "not_run"}
@@ -242,6 +304,10 @@ def test_a_manifest_without_what_was_built_turns_red(artifact):
     del bad.manifest.model["tensorrt"]["built"]["places"]
     check = judged(bad)["engines/listed"]
     assert (check.status, "lacks 'places'" in check.reason) == ("failed", True)
+    del bad.manifest.model["tensorrt"]["built"]
+    check = judged(bad)["engines/listed"]
+    assert check.status == "failed"
+    assert "ArtifactError: the manifest's model.tensorrt lacks 'built'" in check.reason
 
 
 def test_what_the_engines_were_not_built_for_is_not_run(artifact, monkeypatch):

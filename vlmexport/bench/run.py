@@ -15,8 +15,9 @@ from vlmexport.bench.process import Worker, started, worker_command
 from vlmexport.bench.timing import Round, summarise
 from vlmexport.bench.worker import Contender, save_inputs
 from vlmexport.cpu import available_cores
+from vlmexport.engines import ENGINES_FOLDER, TENSORRT_LAYOUT
 from vlmexport.errors import BadInputError, NotPossibleHereError
-from vlmexport.manifest import Artifact, open_artifact
+from vlmexport.manifest import Artifact, Manifest, open_artifact
 from vlmexport.model.checkpoint import read_checkpoint
 from vlmexport.model.lora_files import read_adapter
 from vlmexport.model.source import resolve_source
@@ -29,16 +30,20 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "What is in the picture?"
 REFERENCES = {"pytorch_fp32": "float32", "pytorch_bf16": "bfloat16"}
+_RUNTIMES = {GGUF_LAYOUT: "llama.cpp", TENSORRT_LAYOUT: "ONNX Runtime on the CPU; no engine was run"}
+# What is built beside the graphs of an export and is not run here.
+_NOT_RUN = (f"{ENGINES_FOLDER}/", "triton/")
 
 
 @dataclass(frozen=True)
 class BenchReport:
     """What was measured; the keys of each contender are in docs of ``bench --json``.
 
-    `ratios` are all "more is better for the export": speed over the reference's, reference's bytes over the export's.
-    `settings` says how it was measured.
+    `runtime`: what ran the export. `ratios` are all "more is better for the export": speed over the reference's,
+    reference's bytes over the export's. `settings` says how it was measured.
     """
 
+    runtime: str
     artifact: dict[str, float]
     references: dict[str, dict[str, float]]
     ratios: dict[str, float]
@@ -77,7 +82,7 @@ def bench_artifact(
         asked = _Question(prompt, pictures, Path(folder))
         contenders, note = _contenders(artifact, model, lora, base, asked)
         measured, prompt_tokens = _measure(contenders, rounds, progress or SilentProgress())
-    ours = _with_size(measured.pop("artifact"), sum(f.bytes for f in artifact.manifest.files.values()))
+    ours = _with_size(measured.pop("artifact"), run_bytes(artifact.manifest))
     size = folder_bytes(Path(contenders["pytorch_fp32"].path), _is_weights) if measured else 0
     references = {name: _with_size(values, size) for name, values in measured.items()}
     settings = {
@@ -88,7 +93,13 @@ def bench_artifact(
         "images": len(pictures),
         "references": note,
     }
-    return BenchReport(ours, references, _ratios(ours, references), settings)
+    runtime = _RUNTIMES.get(artifact.manifest.layout, "ONNX Runtime on the CPU")
+    return BenchReport(runtime, ours, references, _ratios(ours, references), settings)
+
+
+def run_bytes(manifest: Manifest) -> int:
+    """Bytes of an export's files without engines and what serves them: what a bench runs."""
+    return sum(file.bytes for name, file in manifest.files.items() if not name.startswith(_NOT_RUN))
 
 
 def _drawn_picture() -> Image:

@@ -52,6 +52,7 @@ def print_bench(data: dict[str, Any], console: Console) -> None:
     for key in data["artifact"]:
         table.add_row(key, *(_cell(key, values.get(key)) for values in columns.values()))
     console.print(table)
+    console.print(f"artifact: {data['runtime']}")
     for name, ratio in data["ratios"].items():
         console.print(f"{name}: {ratio:.2f}x" if isinstance(ratio, int | float) else f"{name}: {ratio}")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError
 from vlmexport.runtime.decoder_inputs import with_features
 from vlmexport.runtime.protocol import ModelInputs, Runner
@@ -87,7 +88,10 @@ def answer(
     *,
     threads: int = 0,
 ) -> Answer:
-    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text piece by piece."""
+    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text piece by piece.
+
+    In a static cache the answer ends where the cache does; `BadInputError` for a prompt that does not fit.
+    """
     if artifact.manifest.layout == GGUF_LAYOUT:
         from vlmexport.runtime.llamacpp.export import answer_gguf
 
@@ -100,8 +104,20 @@ def answer(
     runner = OnnxRunner(artifact, threads=threads)
     timings = Timings(load_ms=1000 * runner.load())
     stream = TextStream(builder.tokenizer, sampling.stop)
+    sampling = within(sampling, static_capacity(artifact.manifest.model), inputs.input_ids.shape[1])
     tokens = collect(_until_end(generate_steps(runner, [inputs], sampling, timings)), stream, on_text)
     return Answer(stream.text, tokens, int(inputs.input_ids.shape[1]), timings.to_dict())
+
+
+def within(sampling: Sampling, capacity: int | None, prompt_tokens: int) -> Sampling:
+    """`sampling` with no more new tokens than a cache of `capacity` tokens (None: any number) has room for.
+
+    One is always left: a prompt that fills the cache has logits for it, and a longer prompt is the decoder's to refuse.
+    """
+    if capacity is None:
+        return sampling
+    room = max(capacity - prompt_tokens, 1)
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
 
 def collect(tokens: Iterable[int], stream: TextStream, on_text: Callable[[str], None]) -> tuple[int, ...]:

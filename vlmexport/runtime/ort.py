@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
 from vlmexport.cpu import cpu_flags, int8_gain
+from vlmexport.engines import TENSORRT_LAYOUT
 from vlmexport.errors import ArtifactError, NotPossibleHereError
 from vlmexport.manifest import PREFILL_PART, Artifact
 from vlmexport.model.json_files import read_json_if_there
@@ -33,7 +34,6 @@ from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSetting
 from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
 
-TENSORRT_LAYOUT = "tensorrt"
 _DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
 
 

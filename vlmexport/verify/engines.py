@@ -12,20 +12,24 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmexport.engines import (
     ENGINE_SUFFIX,
-    ENGINES_FOLDER,
     LIBRARIES,
     MAX_KEPT,
     EngineSpec,
     Sidecar,
+    built_facts,
     check_sidecar,
+    engine_files,
     engine_path,
+    sidecar_faults,
     specs_of,
+    tensorrt_facts,
 )
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.manifest import Artifact
@@ -37,14 +41,14 @@ from vlmexport.runtime.sessions import CPU_PROVIDER
 from vlmexport.runtime.tensorrt.bindings import Hardware, this_machine
 from vlmexport.runtime.tensorrt.runner import TensorRtRunner, check_place, engine_places
 from vlmexport.target import ParityLimits, load_target
-from vlmexport.verify.decoder import token_by_token
+from vlmexport.verify.decoder import short_and_long, token_by_token
 from vlmexport.verify.gates import Gate, NotRunError
 from vlmexport.verify.inputs import standard_probes
 from vlmexport.verify.parts import close_features
 from vlmexport.verify.prompts import build
 
 _RAGGED_STEPS = 4
-_BUILT_KEYS = {"flavour", "version", "places", "reason"}
+_PARTS = ("vision_encoder", "projector", "embed_tokens")
 
 
 def check_engines(
@@ -56,26 +60,44 @@ def check_engines(
     engines that the manifest says were built are there; ``engines/sidecar[place/name]``, from the files alone; and for
     each place ``engines/run[place]``, which is not run where no GPU fits, and otherwise sums up
     ``engines/<part>[place]``, ``engines/prefill[place/probe]``, ``engines/decode[place]`` and
-    ``engines/ragged_batch[place]``. Without any engine ``engines/run`` is not run.
+    ``engines/ragged_batch[place]``. Without any engine ``engines/run`` is not run. In a place that the manifest does
+    not list some engines may be missing, as ``build_engines.py --only`` leaves it: what needs them is not run.
     """
     places = engine_places(artifact)
     hardware = hardware or this_machine()
     with gate.guard("engines/listed", "decoder", "lowering"):
-        built, specs = _built(artifact), specs_of(artifact.manifest.model)
+        built, specs = built_facts(artifact.manifest.model), specs_of(artifact.manifest.model)
         if built["places"]:
             gate.verdict("engines/listed", "decoder", "lowering", _missing(artifact, specs, built), "engines missing")
         if not places:
             gate.not_run("engines/run", "decoder", "lowering", _why_none(built))
         for place in places:
-            damaged = _check_files(gate, artifact, specs, place)
-            _check_runs(gate, artifact, embeds, place, damaged, hardware)
+            subject = _Place(artifact, specs, place, place in built["places"])
+            damaged = _check_files(gate, subject)
+            _check_runs(gate, subject, embeds, damaged, hardware)
 
 
-def _built(artifact: Artifact) -> dict[str, Any]:
-    built: dict[str, Any] = artifact.manifest.model["tensorrt"]["built"]
-    if missing := sorted(_BUILT_KEYS - built.keys()):
-        raise ArtifactError(f"{artifact.path}: model.tensorrt.built lacks {missing[0]!r}")
-    return built
+@dataclass(frozen=True)
+class _Place:
+    """A folder of engines of `artifact`, whose manifest has `specs`; `listed`: it was built with the export."""
+
+    artifact: Artifact
+    specs: tuple[EngineSpec, ...]
+    name: str
+    listed: bool
+
+    def path(self, engine: str) -> Path:
+        return engine_path(self.artifact.path, self.name, engine)
+
+    @property
+    def there(self) -> set[str]:
+        """The names of the engines that are in it, whoever built them."""
+        return {path.stem for path in engine_files(self.artifact.path, self.name)}
+
+    @property
+    def allowed_to_miss(self) -> set[str]:
+        """Engines that were not built: a script may build some of a place, the export builds all of it."""
+        return set() if self.listed else {spec.name for spec in self.specs} - self.there
 
 
 def _why_none(built: Mapping[str, Any]) -> str:
@@ -91,91 +113,87 @@ def _missing(artifact: Artifact, specs: tuple[EngineSpec, ...], built: Mapping[s
     return [f"{path.relative_to(artifact.path).as_posix()} is missing" for path in paths if not path.is_file()]
 
 
-def _check_files(gate: Gate, artifact: Artifact, specs: tuple[EngineSpec, ...], place: str) -> list[str]:
+def _check_files(gate: Gate, place: _Place) -> list[str]:
     """``engines/sidecar[place/name]`` for every engine of a place; the names of those that failed."""
-    by_name = {spec.name: spec for spec in specs}
-    there = (path.stem for path in (artifact.path / ENGINES_FOLDER / place).glob(f"*{ENGINE_SUFFIX}"))
-    usual = _usual_library(artifact, specs, place)
+    by_name = {spec.name: spec for spec in place.specs}
+    usual = _usual_library(place)
     failed = []
-    for name in sorted(by_name.keys() | set(there)):
+    for name in sorted(by_name.keys() | place.there):
         spec = by_name.get(name)
-        faults = _file_faults(artifact, spec, place, name, usual)
-        part = spec.part if spec else "decoder"
-        gate.verdict(f"engines/sidecar[{place}/{name}]", part, "lowering", faults, "faults")
+        check, part = f"engines/sidecar[{place.name}/{name}]", spec.part if spec else "decoder"
+        if name in place.allowed_to_miss:
+            gate.not_run(check, part, "lowering", f"{place.name}/{name}{ENGINE_SUFFIX} {_UNBUILT}")
+            continue
+        faults = _file_faults(place, spec, name, usual)
+        gate.verdict(check, part, "lowering", faults, "faults")
         failed += [name] if faults else []
     return failed
 
 
-def _usual_library(artifact: Artifact, specs: tuple[EngineSpec, ...], place: str) -> tuple[str, str]:
+_UNBUILT = "was not built; run build_engines.sh of the export without --only"
+
+
+def _usual_library(place: _Place) -> tuple[str, str]:
     """The library and version that most engines of a place are of; a script may have built all of them anew."""
     found: Counter[tuple[str, str]] = Counter()
-    for spec in specs:
+    for spec in place.specs:
         with suppress(ArtifactError):
-            said = Sidecar.read(engine_path(artifact.path, place, spec.name))
+            said = Sidecar.read(place.path(spec.name))
             found[said.flavour, said.version] += 1
     return found.most_common(1)[0][0] if found else ("", "")
 
 
-def _file_faults(
-    artifact: Artifact, spec: EngineSpec | None, place: str, name: str, usual: tuple[str, str]
-) -> list[str]:
+def _file_faults(place: _Place, spec: EngineSpec | None, name: str, usual: tuple[str, str]) -> list[str]:
     """What is wrong with one engine, its sidecar and its graph, as far as files tell."""
     if spec is None:
-        return [f"{place}/{name} is none of the engines that the manifest lists"]
-    path = engine_path(artifact.path, place, name)
+        return [f"{place.name}/{name} is none of the engines that the manifest lists"]
+    path = place.path(name)
     try:
         if not path.is_file():
-            return [f"{place}/{name}{ENGINE_SUFFIX} is missing"]
+            return [f"{place.name}/{name}{ENGINE_SUFFIX} is missing"]
         said = Sidecar.read(path)
         check_sidecar(
             path,
             flavour=said.flavour,
             version=said.version,
             compute_capability=said.compute_capabilities[0],
-            graph=artifact.part_path(spec.part),
+            graph=place.artifact.part_path(spec.part),
         )
     except ArtifactError as error:
         return [str(error)]
-    faults = []
-    if (said.spec.name, said.spec.part) != (spec.name, spec.part):
-        faults.append(f"{path.name} is the engine {said.spec.name} of {said.spec.part}, as its sidecar says")
-    if [p.name for p in said.spec.profiles] != [p.name for p in spec.profiles]:
-        faults.append(f"{path.name} has the profiles {[p.name for p in said.spec.profiles]}")
+    faults = sidecar_faults(path, said, spec, listed=place.listed)
     if (said.flavour, said.version) != usual:
         others = " ".join(usual)
-        faults.append(f"{path.name} was built by {said.flavour} {said.version}, the others of {place} by {others}")
+        faults.append(f"{path.name} was built by {said.flavour} {said.version}, the others of {place.name} by {others}")
     return faults
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """The engines of `place`, and ONNX Runtime on their graphs."""
+    """The engines of `place`, and ONNX Runtime on their graphs. `missing`: parts without an engine, or without all."""
 
     place: str
     engines: Runner
     graphs: Runner
     limits: ParityLimits
+    missing: set[str]
 
 
 def _check_runs(
-    gate: Gate,
-    artifact: Artifact,
-    embeds: Mapping[str, DecoderInputs],
-    place: str,
-    damaged: list[str],
-    hardware: Hardware,
+    gate: Gate, place: _Place, embeds: Mapping[str, DecoderInputs], damaged: list[str], hardware: Hardware
 ) -> None:
     """``engines/run[place]``: the sum of the comparisons, or why they cannot be made."""
-    name = f"engines/run[{place}]"
+    name, artifact = f"engines/run[{place.name}]", place.artifact
     with gate.guard(name, "decoder", "lowering"):
         if damaged:
             raise NotRunError(f"{', '.join(damaged)}: not what the sidecar says, or without one; nothing was loaded")
-        _require_fit(artifact, place, hardware)
+        _require_fit(place, hardware)
         sides = _Sides(
-            place,
-            TensorRtRunner(artifact, place, hardware=hardware),
+            place.name,
+            TensorRtRunner(artifact, place.name, hardware=hardware, only=place.there),
             OnnxRunner(artifact, exact=True, provider=CPU_PROVIDER),
             load_target(artifact.manifest.target).parity,
+            {spec.part for spec in place.specs if spec.name in place.allowed_to_miss},
         )
         before = len(gate.checks)
         _compare_parts(gate, artifact, sides)
@@ -188,12 +206,12 @@ def _check_runs(
         gate.verdict(name, "decoder", "lowering", failed, "comparisons that failed")
 
 
-def _require_fit(artifact: Artifact, place: str, hardware: Hardware) -> None:
+def _require_fit(place: _Place, hardware: Hardware) -> None:
     """Raise `NotRunError`, with what to do, unless this machine can run the engines of a place."""
     try:
-        check_place(artifact, place, hardware)
+        check_place(place.artifact, place.name, hardware, place.there)
     except (NotPossibleHereError, ArtifactError) as error:
-        said = Sidecar.read(engine_path(artifact.path, place, specs_of(artifact.manifest.model)[0].name))
+        said = Sidecar.read(place.path(min(place.there)))
         named = f" ({said.gpu})" if said.gpu else ""
         gpu = f"a GPU of compute capability {' or '.join(said.compute_capabilities)}{named}"
         raise NotRunError(
@@ -207,9 +225,11 @@ def _compare(
 ) -> None:
     """One check: what `call` makes of the engines against what it makes of ONNX Runtime.
 
-    What the engines were not built for, a longer prompt or more pictures, is not run.
+    What the engines were not built for, a longer prompt or more pictures, is not run, nor is a part without engine.
     """
     with gate.guard(name, part, "lowering"):
+        if part in sides.missing:
+            raise NotRunError(f"an engine of {part} {_UNBUILT}")
         wanted = call(sides.graphs)
         try:
             found = call(sides.engines)
@@ -220,11 +240,10 @@ def _compare(
 
 def _compare_parts(gate: Gate, artifact: Artifact, sides: _Sides) -> None:
     """``engines/vision_encoder``, ``projector`` and ``embed_tokens``: each engine gets what its graph gets."""
-    parts = ("vision_encoder", "projector", "embed_tokens")
     try:
         inputs = probe_inputs(artifact)
     except (BadInputError, ValueError, TypeError) as error:
-        for part in parts:
+        for part in _PARTS:
             reason = f"the export's processor makes no inputs for it: {error}"
             gate.not_run(f"engines/{part}[{sides.place}]", part, "lowering", reason)
         return
@@ -235,7 +254,7 @@ def _compare_parts(gate: Gate, artifact: Artifact, sides: _Sides) -> None:
         lambda runner: runner.embed(inputs.input_ids),
     )
     limits = (sides.limits.vision_rel, sides.limits.projector_rel, sides.limits.embedding_rel)
-    for part, limit, call in zip(parts, limits, calls, strict=True):
+    for part, limit, call in zip(_PARTS, limits, calls, strict=True):
         _compare(gate, f"engines/{part}[{sides.place}]", part, sides, limit, call)
 
 
@@ -248,9 +267,9 @@ def probe_inputs(artifact: Artifact) -> ModelInputs:
 def _compare_decoder(gate: Gate, artifact: Artifact, embeds: Mapping[str, DecoderInputs], sides: _Sides) -> None:
     """``engines/prefill[place/probe]``, ``engines/decode[place]`` and ``engines/ragged_batch[place]``."""
     place, limit = sides.place, sides.limits.lowering_exact_rel_fp16
-    limits = artifact.manifest.model["tensorrt"]["limits"]
+    limits = tensorrt_facts(artifact.manifest.model, "limits")["limits"]
     fitting = {probe: rows for probe, rows in embeds.items() if rows.length <= limits["max_seq"]}
-    for probe in embeds.keys() - fitting.keys():
+    for probe in (probe for probe in embeds if probe not in fitting):
         reason = f"{embeds[probe].length} tokens do not fit the static cache of {limits['max_seq']}"
         gate.not_run(f"engines/prefill[{place}/{probe}]", "decoder", "lowering", reason)
     if not fitting:
@@ -258,12 +277,12 @@ def _compare_decoder(gate: Gate, artifact: Artifact, embeds: Mapping[str, Decode
         return
     for probe, rows in fitting.items():
         _compare(gate, f"engines/prefill[{place}/{probe}]", "decoder", sides, limit, partial(_last_logits, rows=rows))
-    by_length = sorted(fitting.values(), key=lambda rows: rows.length)
-    shortest, longest = by_length[0], by_length[-1]
+    longest = max(fitting.values(), key=lambda rows: rows.length)
     steps = partial(token_by_token, sequence=longest)
     _compare(gate, f"engines/decode[{place}]", "decoder", sides, limit, steps)
     if limits["max_batch"] > 1:
-        ragged = partial(_ragged, rows=(shortest, longest.tokens(0, limits["max_seq"] - _RAGGED_STEPS)))
+        room = limits["max_seq"] - _RAGGED_STEPS
+        ragged = partial(_ragged, prompts=[rows.tokens(0, room) for rows in fitting.values()])
         _compare(gate, f"engines/ragged_batch[{place}]", "decoder", sides, limit, ragged)
 
 
@@ -272,12 +291,12 @@ def _last_logits(runner: Runner, rows: DecoderInputs) -> Array:
     return rows.prefill(runner, keep=MAX_KEPT)[0]
 
 
-def _ragged(runner: Runner, rows: tuple[DecoderInputs, DecoderInputs]) -> Array:
-    """Logits ``[steps + 1, 2, vocab]`` of a right-padded batch and of steps behind each row's own tokens.
+def _ragged(runner: Runner, prompts: list[DecoderInputs]) -> Array:
+    """Logits ``[steps + 1, 2, vocab]`` of a right-padded batch (`short_and_long`) and of steps behind each row's own.
 
     The padding and the steps repeat the rows' own values.
     """
-    batch, mask = stacked(rows)
+    batch, mask = stacked(short_and_long(prompts))
     logits, kept = batch.prefill(runner, mask)
     steps = [batch.embeds[:, i % batch.length][:, None] for i in range(_RAGGED_STEPS)]
     later = [runner.decode(step, kept)[:, -1] for step in steps]

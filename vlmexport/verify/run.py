@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from vlmexport.engines import TENSORRT_LAYOUT
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.decoder_inputs import DecoderInputs
-from vlmexport.runtime.ort import TENSORRT_LAYOUT, OnnxRunner
+from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
 from vlmexport.runtime.torch import TorchRunner

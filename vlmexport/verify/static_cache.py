@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact
 from vlmexport.runtime.decoder import SharedCache
@@ -20,9 +21,8 @@ OVERFULL = "decoder/overfull"
 
 
 def capacity_of(artifact: Artifact) -> int | None:
-    """Tokens that the manifest says a sequence may have; None for a cache that grows."""
-    model = artifact.manifest.model
-    return int(model["tensorrt"]["limits"]["max_seq"]) if model.get("attention") == "static" else None
+    """Tokens that the manifest says a sequence may have; None for a cache that grows. Raises as `static_capacity`."""
+    return static_capacity(artifact.manifest.model)
 
 
 def with_room(gate: Gate, embeds: Mapping[str, DecoderInputs], capacity: int | None) -> dict[str, DecoderInputs]:
@@ -33,7 +33,7 @@ def with_room(gate: Gate, embeds: Mapping[str, DecoderInputs], capacity: int | N
     if capacity is None:
         return dict(embeds)
     fitting = {name: rows for name, rows in embeds.items() if rows.length + DECODE_STEPS <= capacity}
-    for name in embeds.keys() - fitting.keys():
+    for name in (name for name in embeds if name not in fitting):
         tokens = embeds[name].length
         reason = f"{tokens} tokens and {DECODE_STEPS} of an answer do not fit the static cache of {capacity}"
         gate.not_run(f"decoder/prefill[{name}]", PART, "lowering", reason)

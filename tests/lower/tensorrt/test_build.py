@@ -12,15 +12,16 @@ from tests.lower.tensorrt.graphs import decoder_graph, part_of, write_decoder
 from vlmexport.engines import (
     EngineSpec,
     ShapeProfile,
+    Sidecar,
     TrtLimits,
     check_sidecar,
     decoder_profiles,
-    find_engines,
+    engine_files,
     graph_digests,
 )
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
-from vlmexport.gpu import load_gpu
-from vlmexport.lower.tensorrt.build import PORTABLE, build_engine, build_engines, rtx_version
+from vlmexport.gpu import RTX_PORTABLE, load_gpu
+from vlmexport.lower.tensorrt.build import build_engine, build_engines, rtx_version
 from vlmexport.progress import SilentProgress
 
 pytestmark = pytest.mark.skipif(rtx_version() is None, reason="TensorRT for RTX is not installed")
@@ -53,7 +54,8 @@ def test_an_export_gets_its_engines_with_sidecars(tmp_path: Path) -> None:
     (built,) = build_engines(tmp_path, [both], {"decoder": part}, load_gpu("a100"), SilentProgress())
     assert built.path == tmp_path / "engines" / "sm80" / "decoder.engine"
     assert (built.place, built.version) == ("sm80", rtx_version())
-    assert find_engines(tmp_path) == [(built.path, built.sidecar)]
+    assert engine_files(tmp_path) == [built.path]
+    assert Sidecar.read(built.path) == built.sidecar
     sidecar = check_sidecar(
         built.path, flavour="rtx", version=built.version, compute_capability="8.0", graph=graph
     )  # fmt: skip
@@ -73,7 +75,7 @@ def test_a_portable_engine_serves_every_architecture_with_int4(tmp_path: Path) -
     spec = spec_of(graph)
     (built,) = build_engines(tmp_path, [spec], {"decoder": part_of(graph)}, None, SilentProgress())
     assert built.place == "portable"
-    assert (built.sidecar.compute_capabilities, built.sidecar.gpu) == (PORTABLE, "")
+    assert (built.sidecar.compute_capabilities, built.sidecar.gpu) == (RTX_PORTABLE, "")
 
 
 @pytest.mark.slow

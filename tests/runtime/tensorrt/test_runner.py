@@ -1,5 +1,7 @@
 """The runner on stand-ins for NVIDIA's module and a GPU's memory: its numbers are ONNX Runtime's. No GPU was used."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,13 @@ def runner(artifact):
 @pytest.fixture
 def onnx_runner(artifact):
     return OnnxRunner(artifact, threads=1, exact=True, provider="CPUExecutionProvider")
+
+
+def static_export_of(artifact, changed):
+    """The name of a place that was built later, with `changed` in place of the manifest's engine of that name."""
+    for spec in specs_of(artifact.manifest.model):
+        write_engine(artifact, changed if spec.name == changed.name else spec, "a100-80")
+    return "a100-80"
 
 
 def prompt(*shape):
@@ -128,6 +137,15 @@ def test_the_other_parts_are_onnx_runtimes(runner, onnx_runner):
     assert (runner.merge_spec, runner.eos_token_ids) == (onnx_runner.merge_spec, onnx_runner.eos_token_ids)
 
 
+def test_a_long_prompt_is_embedded_in_several_calls(artifact, onnx_runner):
+    spec = next(s for s in specs_of(artifact.manifest.model) if s.name == "embed_tokens")
+    (profile,) = spec.profiles
+    short = dataclasses.replace(profile, shapes={"input_ids": ((1, 1), (1, 4), (3, 8))})
+    later = static_export_of(artifact, dataclasses.replace(spec, profiles=(short,)))
+    ids = np.arange(2 * 21).reshape(2, 21) % TINY.vocab
+    assert (TensorRtRunner(artifact, later, hardware=machine()).embed(ids) == onnx_runner.embed(ids)).all()
+
+
 def test_more_than_the_engines_were_built_for_is_refused(plain):
     runner = TensorRtRunner(plain, hardware=machine())
     with pytest.raises(BadInputError, match=r"a batch of 4 rows; the engine was built for 3 \(--max-batch\)"):
@@ -182,6 +200,33 @@ def test_the_place_that_fits_the_gpu_is_taken(tmp_path):
         TensorRtRunner(artifact, hardware=machine(GpuStatus("H100", "9.0", 1)))
     with pytest.raises(ArtifactError, match=r"built for 8.6"):
         TensorRtRunner(artifact, "sm86", hardware=machine())
+
+
+def test_engines_are_not_loaded_that_are_not_what_manifest_and_folder_say(tmp_path):
+    artifact = static_export(tmp_path / "export")
+    spec = next(s for s in specs_of(artifact.manifest.model) if s.name == "embed_tokens")
+    shapes = {"input_ids": ((1, 1), (1, 8), (99, 48))}
+    write_engine(artifact, dataclasses.replace(spec, profiles=(dataclasses.replace(spec.profiles[0], shapes=shapes),)))
+    with pytest.raises(
+        ArtifactError, match=r"^sm80/embed_tokens.engine takes input_ids .*\[99, 48\] in embed"
+    ):
+        TensorRtRunner(artifact, "sm80", hardware=machine())
+    write_engine(artifact, spec)
+    (artifact.path / "engines" / "sm80").rename(artifact.path / "engines" / "sm86")
+    with pytest.raises(ArtifactError, match=r"lies in sm86 and was built for 8.0"):
+        TensorRtRunner(artifact, "sm86", hardware=machine())
+    with pytest.raises(NotPossibleHereError, match=r"sm86: sm86/.* lies in sm86"):
+        TensorRtRunner(artifact, hardware=machine())
+
+
+def test_some_engines_of_a_place_serve_what_they_can(tmp_path):
+    artifact = static_export(tmp_path / "export")
+    runner = TensorRtRunner(artifact, PLACE, hardware=machine(), only={"embed_tokens"})
+    assert runner.embed(np.array([[3, 5]])).shape == (1, 2, TINY.hidden)
+    with pytest.raises(ArtifactError, match="there is no engine of projector in sm80"):
+        runner.project(np.zeros((1, 16, 48), np.float32))
+    with pytest.raises(ArtifactError, match="no engine of the decoder has the profile 'decode'"):
+        runner.prefill(prompt(1, 3), ones(prompt(1, 3)))
 
 
 def test_without_gpu_library_or_engines_the_reason_is_given(plain, tmp_path):

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vlmexport.engines import LIBRARIES, Flavour
+from vlmexport.engines import LIBRARIES, MODULES, Flavour
 from vlmexport.runtime.tensorrt.cuda import CudaDevice, Device, GpuStatus, gpu_status
-
-MODULES: dict[Flavour, str] = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 
 
 @dataclass(frozen=True)

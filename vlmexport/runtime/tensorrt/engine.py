@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vlmexport.engines import Dims, Sidecar, check_sidecar
+from vlmexport.engines import MODULES, Dims, Sidecar, check_sidecar
 from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.runtime.protocol import Array, PartOutputError
-from vlmexport.runtime.tensorrt.bindings import MODULES, Hardware, Library
+from vlmexport.runtime.tensorrt.bindings import Hardware, Library
 from vlmexport.runtime.tensorrt.cuda import CudaError, Device, DeviceBuffer, host_address
 
 Residents: TypeAlias = Mapping[str, "Resident"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmexport.engines import ENGINE_SUFFIX, ENGINES_FOLDER, Sidecar, engine_path, specs_of
+from vlmexport.engines import Sidecar, built_facts, engine_files, engine_path, sidecar_faults, specs_of
 from vlmexport.errors import ArtifactError, NotPossibleHereError
 from vlmexport.manifest import Artifact
 from vlmexport.model.json_files import read_json_if_there
@@ -39,21 +39,27 @@ Checked: TypeAlias = dict[str, tuple[Library, Sidecar]]
 
 def engine_places(artifact: Artifact) -> list[str]:
     """The folders below ``engines/`` with engines in them, whether the manifest lists them or they were built later."""
-    found = (artifact.path / ENGINES_FOLDER).glob(f"*/*{ENGINE_SUFFIX}")
-    return sorted({path.parent.name for path in found})
+    return sorted({path.parent.name for path in engine_files(artifact.path)})
 
 
-def check_place(artifact: Artifact, place: str, hardware: Hardware) -> Checked:
-    """Check every engine of `place` that the manifest lists; raises what `checked_library` does for the first bad one.
+def check_place(artifact: Artifact, place: str, hardware: Hardware, only: Collection[str] | None = None) -> Checked:
+    """Check the engines of `place` that the manifest lists (`only`: those of these names) against all that is said.
 
-    The result has, by engine, the module that loads it and its sidecar.
+    That is the manifest, their sidecars, their graphs and this machine. The result has, by engine, the module that
+    loads it and its sidecar. Raises what `checked_library` does for the first bad one, and `ArtifactError` where its
+    sidecar is of another engine or place.
     """
-    return {
-        spec.name: checked_library(
-            engine_path(artifact.path, place, spec.name), artifact.part_path(spec.part), hardware
-        )
-        for spec in specs_of(artifact.manifest.model)
-    }
+    listed = place in built_facts(artifact.manifest.model)["places"]
+    checked_ones: Checked = {}
+    for spec in specs_of(artifact.manifest.model):
+        if only is not None and spec.name not in only:
+            continue
+        path = engine_path(artifact.path, place, spec.name)
+        library, sidecar = checked_library(path, artifact.part_path(spec.part), hardware)
+        if faults := sidecar_faults(path, sidecar, spec, listed=listed):
+            raise ArtifactError(f"{place}/{faults[0]}")
+        checked_ones[spec.name] = library, sidecar
+    return checked_ones
 
 
 def fitting_place(artifact: Artifact, hardware: Hardware) -> tuple[str, Checked]:
@@ -78,7 +84,8 @@ class TensorRtRunner:
     `place` None: the first that fits this machine. `hardware`: what the machine has (default: what is found).
     `kernels`: a folder in which TensorRT for RTX keeps what it compiles at the first runs (`close` writes it); None: it
     compiles again in every process. The static cache does not grow: a prompt and its answer have room for
-    ``limits.max_seq`` tokens, and ``reserve`` changes nothing.
+    ``limits.max_seq`` tokens, and ``reserve`` changes nothing. `only`: the engines that there are in a `place`
+    where some are missing; what needs another raises `ArtifactError`.
 
     Raises `NotPossibleHereError` without a GPU, the library or engines that fit, `ArtifactError` when an engine of
     `place` is not what its sidecar says.
@@ -91,6 +98,7 @@ class TensorRtRunner:
         *,
         hardware: Hardware | None = None,
         kernels: Path | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
         self.artifact = artifact
         self.model: dict[str, Any] = artifact.manifest.model
@@ -98,7 +106,7 @@ class TensorRtRunner:
         if place is None:
             self.place, self._checked = fitting_place(artifact, self.hardware)
         else:
-            self.place, self._checked = place, check_place(artifact, place, self.hardware)
+            self.place, self._checked = place, check_place(artifact, place, self.hardware, only)
         self.kernels = kernels
         self._engines: dict[str, Engine] = {}
 
@@ -142,8 +150,14 @@ class TensorRtRunner:
         return self.merge_spec.packed(self.project(self.vision(pixel_inputs)), pixel_inputs)
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        """Embeddings ``[batch, tokens, hidden]``."""
-        (embeds,) = self._outputs("embed_tokens", {"input_ids": input_ids}, "inputs_embeds")
+        """Embeddings ``[batch, tokens, hidden]``, in as many calls as the engine's profile needs.
+
+        Raises `BadInputError` for more rows than the engine was built for.
+        """
+        most = self._engine_of("embed_tokens").range_of("input_ids", 0)[1][1]
+        pieces = [input_ids[:, start : start + most] for start in range(0, input_ids.shape[1], most)]
+        parts = [self._outputs("embed_tokens", {"input_ids": piece}, "inputs_embeds")[0] for piece in pieces]
+        embeds = np.concatenate(parts, axis=1)
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def prefill(
@@ -189,14 +203,18 @@ class TensorRtRunner:
 
     def _outputs(self, part: str, inputs: Mapping[str, Array], *outputs: str) -> tuple[Array, ...]:
         """The named outputs of the one engine of `part`."""
-        name = next((name for name, (_, sidecar) in self._checked.items() if sidecar.spec.part == part), None)
-        if name is None:
-            raise ArtifactError(f"{self.artifact.path}: there is no engine of {part} in {self.place}")
-        engine = self._engine(name)
+        engine = self._engine_of(part)
         if missing := [name for name in outputs if name not in engine.outputs]:
             raise PartOutputError(part, f"the engine has no output {missing[0]!r}; it has {list(engine.outputs)[:4]}")
         given = engine.run(inputs)
         return tuple(checked(part, name, given[name]) for name in outputs)
+
+    def _engine_of(self, part: str) -> Engine:
+        """The one engine of `part`."""
+        name = next((name for name, (_, sidecar) in self._checked.items() if sidecar.spec.part == part), None)
+        if name is None:
+            raise ArtifactError(f"{self.artifact.path}: there is no engine of {part} in {self.place}")
+        return self._engine(name)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
