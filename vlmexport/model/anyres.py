@@ -115,7 +115,8 @@ def _resized(picture: Array, height: int, width: int) -> Array:
     """Bilinear, pixels being areas (not corners), as torch's ``interpolate`` computes it."""
     for axis, length in enumerate((height, width)):
         old = picture.shape[axis]
-        places = np.maximum((np.arange(length) + 0.5) * (old / length) - 0.5, 0.0)
+        scale, half = np.float32(old / length), np.float32(0.5)
+        places = np.maximum(scale * (np.arange(length, dtype=np.float32) + half) - half, np.float32(0))
         low = places.astype(np.int64)
         share = (places - low).astype(picture.dtype).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         near, far = picture.take(low, axis), picture.take(np.minimum(low + 1, old - 1), axis)
