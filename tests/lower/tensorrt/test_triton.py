@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.lower.tensorrt.fake_triton import END, START, Server, TritonModelException
 from tests.lower.tensorrt.test_script import A100, run_sh, tools_at
+from tests.runtime.mock_export import F32, VISION_WIDTH, Graph
 from tests.runtime.tensorrt.exports import LIMITS, static_export
 from tests.runtime.tensorrt.fakes import engine_bytes
 from vlmexport.engines import EngineSpec, Sidecar, decoder_profiles, specs_of
@@ -23,7 +25,7 @@ from vlmexport.lower.tensorrt.script import write_build_scripts
 from vlmexport.lower.tensorrt.triton import write_triton
 from vlmexport.lower.tensorrt.triton_check import check_triton
 from vlmexport.lower.tensorrt.triton_config import read_config
-from vlmexport.manifest import Artifact
+from vlmexport.manifest import Artifact, PartFile, write_manifest
 from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.generate import generate_ids
 from vlmexport.runtime.ort import OnnxRunner
@@ -255,12 +257,49 @@ def test_missing_files_are_found(tmp_path: Path) -> None:
 def test_models_that_vlm_cannot_serve_are_refused(tmp_path: Path) -> None:
     artifact = static_export(tmp_path / "e", built=False)
     without = {role: part for role, part in artifact.manifest.parts.items() if role != "projector"}
-    with pytest.raises(BadInputError, match="no part projector"):
+    with pytest.raises(BadInputError, match="a model without projector; leave out --triton"):
         write(artifact, "onnxruntime", parts=without)
-    with pytest.raises(BadInputError, match="position_ids"):
+    with pytest.raises(BadInputError, match=r"further decoder inputs \(position_ids\)"):
         write(artifact, "onnxruntime", merge=MergeSpec(IMAGE, extras=("position_ids",)))
+    assert not (tmp_path / "e" / "triton").exists()
     with pytest.raises(ArtifactError, match="not prefill and decode"):
         write(artifact, "tensorrt", specs=specs_of(artifact.manifest.model)[:-1])
+
+
+def test_onnx_reads_the_export_and_the_copies(tmp_path: Path) -> None:
+    """It refuses external data with a second name, which looks like an attack to it."""
+    artifact = written(tmp_path / "e", "onnxruntime")
+    for role, part in artifact.manifest.parts.items():
+        for folder in (artifact.path, artifact.path / "triton" / role / "1"):
+            assert onnx.load(folder / part.file).graph.node
+
+
+def with_two_features(artifact: Artifact) -> Artifact:
+    """The export with an encoder that hands two tensors to its projector, which tells them apart."""
+    root, parts = artifact.path, artifact.manifest.parts
+    g = Graph()
+    features = g.op("Reshape", "pixel_values", g.const([-1, VISION_WIDTH], np.int64), outputs=["vision_features"])
+    g.op("Neg", features, outputs=["vision_features_1"])
+    both = [(name, F32, ["rows", VISION_WIDTH]) for name in ("vision_features", "vision_features_1")]
+    pixels = ("pixel_values", F32, ["batch", "images", 3, "height", "width"])
+    encoder = g.save(root / "vision_encoder.onnx", [pixels], both)
+    g, width = Graph(), parts["projector"].outputs[0].dims[-1]
+    mixed = g.op("Sub", "vision_features", g.op("Mul", "vision_features_1", g.const(2)))
+    grouped = g.op("Reshape", mixed, g.const([-1, 16, VISION_WIDTH], np.int64))
+    mean = g.op("ReduceMean", grouped, g.const([1], np.int64), keepdims=0)
+    weight = np.random.default_rng(0).normal(size=(VISION_WIDTH, width))
+    g.op("MatMul", mean, g.const(weight), outputs=["image_features"])
+    projector = g.save(root / "projector.onnx", both, [("image_features", F32, ["image_tokens", width])])
+    changed: dict[str, PartFile] = {**parts, "vision_encoder": encoder, "projector": projector}
+    return write_manifest(root, replace(artifact.manifest, parts=changed))
+
+
+def test_encoders_may_hand_several_tensors_to_their_projector(tmp_path: Path) -> None:
+    artifact = with_two_features(written(tmp_path / "e", "onnxruntime"))
+    write(artifact, "onnxruntime")
+    inputs = prompt(2)
+    answer = asked(Server(tmp_path / "e" / "triton"), inputs, 8)
+    assert answer == expected(artifact, inputs, 8)
 
 
 def test_writing_twice_gives_the_same_files(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from vlmexport.lower.tensorrt.triton_check import CACHE_PREFIXES, check_triton
 from vlmexport.lower.tensorrt.triton_config import TYPES, config_text, model_config, parameters, tensor
 from vlmexport.manifest import PartFile, TensorSpec, safe_join
 from vlmexport.model.merge import MergeSpec
+from vlmexport.trt_shapes import merge_refusal
 
 TRITON_FOLDER = "triton"
 # Read by build_engines.py: where each engine goes, below the repository.
@@ -50,9 +50,10 @@ def write_triton(
     repository does not agree with the graphs.
     """
     missing = [role for role in ROLES if role not in parts]
-    if missing or merge.extras:
-        what = f"no part {missing[0]}" if missing else f"the decoder inputs {list(merge.extras)}"
-        raise BadInputError(f"a Triton repository is not written for a model with {what}; leave out --triton")
+    if missing:
+        raise BadInputError(f"a Triton repository is not written for a model without {missing[0]}; leave out --triton")
+    if refusal := merge_refusal(merge):
+        raise BadInputError(refusal)
     root = folder / TRITON_FOLDER
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -79,17 +80,14 @@ def _write_part(root: Path, folder: Path, role: str, part: PartFile, backend: Ba
         graph = safe_join(folder, part.file)
         fields = {"backend": "onnxruntime", "default_model_filename": graph.name}
         for name in graph_files(graph):
-            _place(graph.parent / name, root / role / "1" / name)
+            _copy(graph.parent / name, root / role / "1" / name)
     _write_config(root, role, _tensors(part.inputs), _tensors(part.outputs), **fields)
 
 
-def _place(source: Path, target: Path) -> None:
-    """A second name of the file, which costs no space, or a copy where there are none."""
+def _copy(source: Path, target: Path) -> None:
+    """A copy, though it takes space: onnx reads no external data that has a second name or is a link."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    shutil.copyfile(source, target)
 
 
 def _plan_name(spec: EngineSpec) -> str:
@@ -125,20 +123,20 @@ def _write_engine_decoder(root: Path, part: PartFile, specs: Sequence[EngineSpec
 
 
 def _write_features(root: Path, parts: Mapping[str, PartFile]) -> None:
-    """The ensemble ``image_features``: pixels through encoder and projector."""
+    """The ensemble ``image_features``: pixels through encoder and projector, which share the names of the features."""
     encoder, projector = parts["vision_encoder"], parts["projector"]
-    between = encoder.outputs[0].name
+    between = {t.name: t.name for t in projector.inputs}
     step = [
         {
             "model_name": "vision_encoder",
             "model_version": -1,
             "input_map": {t.name: t.name for t in encoder.inputs},
-            "output_map": {between: between},
+            "output_map": between,
         },
         {
             "model_name": "projector",
             "model_version": -1,
-            "input_map": {projector.inputs[0].name: between},
+            "input_map": between,
             "output_map": {t.name: t.name for t in projector.outputs},
         },
     ]
