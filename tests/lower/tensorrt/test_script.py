@@ -21,13 +21,14 @@ from vlmexport.manifest import Manifest, PartFile, open_artifact, write_manifest
 
 LIMITS = TrtLimits(2, 48, 1)
 MODEL = {"gpu": "a100-80", "limits": {"max_batch": 2, "max_seq": 48, "max_images": 1}}
-A100 = Gpu("a100-80", "NVIDIA A100 80 GB", (), "8.0", 80 << 30, 2e12, 3e14, False, "SM80", ("fp16",), {}, "here")
-H100 = Gpu("h100", "NVIDIA H100", (), "9.0", 80 << 30, 3e12, 9e14, False, "", ("fp16",), {}, "here")
+A100 = Gpu("a100-80", "NVIDIA A100 80 GB", "", (), "8.0", 80 << 30, 2e12, 3e14, False, "SM80", ("fp16",), {}, "here")
+H100 = Gpu("h100", "NVIDIA H100", "", (), "9.0", 80 << 30, 3e12, 9e14, False, "", ("fp16",), {}, "here")
 # It records its arguments, one line each, and writes what it was asked to save.
 TRTEXEC = """#!/bin/bash
 echo '&&&& RUNNING TensorRT.trtexec [TensorRT v{number}] [b{build}] # trtexec'
 [[ "$1" == --help ]] && exit 0
 printf '%s\\n' "$@" >> "$RECORD"
+echo "$CUDA_DEVICE_ORDER $CUDA_VISIBLE_DEVICES" > "$RECORD.gpu"
 for a in "$@"; do [[ "$a" == --saveEngine=* ]] && printf engine > "${{a#--saveEngine=}}"; done
 exit {status}
 """
@@ -64,9 +65,10 @@ def tools_at(folder: Path, number: int = 110400, build: int = 106, capability: s
     return folder
 
 
-def run_sh(folder: Path, tools: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_sh(folder: Path, tools: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
+        **more,
         "PATH": f"{tools}:{os.environ['PATH']}",
         "RECORD": str(tools / "record"),
         "PYTHON": sys.executable,
@@ -96,12 +98,43 @@ def test_trtexec_gets_the_profiles_of_the_specification(folder: Path, tools: Pat
         f"--saveEngine={engine}",
         f"--timingCacheFile={engine.with_name('timing.cache')}",
         "--skipInference",
-        "--device=3",
+        "--device=0",
     ]
     assert parsed_profiles(arguments[5:]) == [p.shapes for p in spec.profiles]
-    assert "--id=3" in (tools / "record.smi").read_text().split()
+    assert gpus(tools) == ("3", "PCI_BUS_ID 3")
     assert not any(a.startswith(("--fp16", "--int8", "--stronglyTyped", "--precision")) for a in arguments)
     assert {t.name for t in part.inputs} == spec.profiles[0].shapes.keys()
+
+
+def gpus(tools: Path) -> tuple[str, str]:
+    """The GPU that nvidia-smi was asked about, and what trtexec could see."""
+    (asked,) = [w for w in (tools / "record.smi").read_text().split() if w.startswith("--id=")]
+    return asked.removeprefix("--id="), (tools / "record.gpu").read_text().strip()
+
+
+def test_the_gpu_that_is_visible_is_checked_and_built_for(folder: Path, tools: Path) -> None:
+    export(folder)
+    for visible, asked in (("2,5", "2"), ("GPU-12ab", "GPU-12ab"), ("", "0")):
+        assert run_sh(folder, tools, CUDA_VISIBLE_DEVICES=visible).returncode == 0
+        assert gpus(tools) == (asked, f"PCI_BUS_ID {asked}")
+    assert run_sh(folder, tools, "--device", "1", CUDA_VISIBLE_DEVICES="2").returncode == 0
+    assert gpus(tools) == ("1", "PCI_BUS_ID 1")
+
+
+def test_the_python_script_builds_on_the_gpu_that_it_checks(folder: Path, tmp_path: Path, tools: Path) -> None:
+    export(folder)
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    seen = "os.environ['CUDA_DEVICE_ORDER'], os.environ['CUDA_VISIBLE_DEVICES']"
+    (shim / "tensorrt.py").write_text(
+        f"import os\nopen(os.environ['RECORD'] + '.gpu', 'w').write(' '.join(({seen})))\n__version__ = '10.0'\n"
+    )
+    env = {"PYTHONPATH": str(shim), "PATH": f"{tools}:{os.environ['PATH']}", "RECORD": str(tools / "record")}
+    assert "TensorRT 10.0 is older" in run_py(folder, "--device", "3", **env).stderr
+    assert (tools / "record.gpu").read_text() == "PCI_BUS_ID 3"
+    (shim / "tensorrt.py").write_text((shim / "tensorrt.py").read_text().replace("10.0", "11.4"))
+    run_py(folder, CUDA_VISIBLE_DEVICES="4,5", **env)
+    assert gpus(tools) == ("4", "PCI_BUS_ID 4")
 
 
 def parsed_profiles(arguments: list[str]) -> list[dict[str, Any]]:
@@ -269,8 +302,11 @@ def test_rtx_builds_for_the_capabilities_that_are_named(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     sidecar = Sidecar.read(folder / "engines" / "portable" / "decoder.engine")
     assert (sidecar.compute_capabilities, sidecar.gpu) == (("8.6", "12.0"), "")
-    unknown = run_py(folder, "--flavour", "rtx", "--compute-capability", "SM90")
-    assert (unknown.returncode, "does not build for SM90" in unknown.stderr) == (1, True)
+    for name in ("SM90", "9.0"):
+        unknown = run_py(folder, "--flavour", "rtx", "--compute-capability", name)
+        assert unknown.returncode == 1
+        assert f"does not build for {name}, but for SM75, SM80" in unknown.stderr
+    assert [p.name for p in (folder / "engines").iterdir()] == ["portable"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
@@ -278,7 +314,8 @@ def test_a_missing_library_is_one_line(folder: Path) -> None:
     export(folder)
     missing = run_py(folder, "--skip-gpu-check")
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
-    assert "pip install tensorrt" in missing.stderr
+    assert "NVIDIA's installation guide" in missing.stderr
+    assert "pip install tensorrt" not in missing.stderr
 
 
 def test_a_graph_that_the_parser_refuses_is_named(folder: Path) -> None:
@@ -287,7 +324,7 @@ def test_a_graph_that_the_parser_refuses_is_named(folder: Path) -> None:
     (folder / "decoder.onnx").write_bytes(b"no graph")
     refused = run_py(folder, "--flavour", "rtx")
     assert (refused.returncode, "decoder.onnx was refused" in refused.stderr) == (1, True)
-    assert not list(folder.rglob("*.engine*"))
+    assert not (folder / "engines").exists()
 
 
 def test_a_job_of_another_version_is_refused(folder: Path) -> None:

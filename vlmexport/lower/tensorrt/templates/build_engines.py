@@ -33,6 +33,11 @@ MANIFEST_FILE = "manifest.json"
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 # From this version on the precision of every operation is the graph's; older ones may choose another.
 FIRST_STRONGLY_TYPED = 11
+INSTALL = {
+    "trt": "install it as NVIDIA's installation guide for TensorRT says (PyPI's package is a stub that fetches the "
+    "real one from NVIDIA's index, pypi.nvidia.com)",
+    "rtx": "install it with: pip install tensorrt-rtx",
+}
 SIDECAR = {"format": "vlmexport-engine", "sidecar_version": 1}
 
 
@@ -88,7 +93,18 @@ def dotted(capability: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
-def gpu_capability(device: int) -> str:
+def usual_device() -> str:
+    """The first GPU that this process may see, as nvidia-smi and CUDA_VISIBLE_DEVICES call it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+
+
+def choose_gpu(device: str) -> None:
+    """Let the library, once it is loaded, see no other GPU than the one that nvidia-smi calls `device`."""
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+
+
+def gpu_capability(device: str) -> str:
     """The compute capability of GPU `device`, from nvidia-smi; raises `BuildError` when it cannot be asked."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", f"--id={device}"]
     try:
@@ -100,7 +116,7 @@ def gpu_capability(device: int) -> str:
     return done.stdout.strip()
 
 
-def check_gpu(job: dict[str, Any], device: int) -> None:
+def check_gpu(job: dict[str, Any], device: str) -> None:
     """Raise `BuildError` unless GPU `device` has the compute capability that the export was made for."""
     wanted, here = job["gpu"]["compute_capability"], gpu_capability(device)
     if here != wanted:
@@ -166,11 +182,14 @@ def shapes_argument(entry: dict[str, Any], profile: dict[str, Any], which: int) 
     return ",".join(parts)
 
 
-def trtexec_arguments(root: Path, entry: dict[str, Any], engine: Path, device: int) -> list[str]:
-    """Arguments of trtexec for one engine; precision is the graph's, so there is none to ask for."""
+def trtexec_arguments(root: Path, entry: dict[str, Any], engine: Path) -> list[str]:
+    """Arguments of trtexec for one engine; precision is the graph's, so there is none to ask for.
+
+    The GPU is the first of those that build_engines.sh lets it see, which is one.
+    """
     cache = engine.with_name("timing.cache")
     arguments = [f"--onnx={root / entry['graph']}", f"--saveEngine={engine}", f"--timingCacheFile={cache}"]
-    arguments += ["--skipInference", f"--device={device}"]
+    arguments += ["--skipInference", "--device=0"]
     if not entry["dynamic"]:
         return arguments
     for index, profile in enumerate(entry["spec"]["profiles"]):
@@ -185,10 +204,7 @@ def load_library(flavour: str) -> Any:
     try:
         return importlib.import_module(MODULES[flavour])
     except ImportError as error:
-        package = MODULES[flavour].replace("_", "-")
-        raise BuildError(
-            f"{MODULES[flavour]} does not import ({error}); install it with: pip install {package}"
-        ) from error
+        raise BuildError(f"{MODULES[flavour]} does not import ({error}); {INSTALL[flavour]}") from error
 
 
 def build(trt: Any, root: Path, entry: dict[str, Any], cache: Path | None, capabilities: list[str]) -> Any:
@@ -222,7 +238,8 @@ def _aim(trt: Any, config: Any, capabilities: list[str]) -> None:
     for index, name in enumerate(capabilities):
         known = getattr(trt.ComputeCapability, name, None)
         if known is None or not config.set_compute_capability(known, index):
-            raise BuildError(f"TensorRT for RTX does not build for {name}")
+            names = ", ".join(n for n in trt.ComputeCapability.__members__ if n.startswith("SM"))
+            raise BuildError(f"TensorRT for RTX does not build for {name}, but for {names}")
 
 
 def _profile(builder: Any, entry: dict[str, Any], profile: dict[str, Any]) -> Any:
@@ -284,6 +301,8 @@ def finish(
 
 def build_all(args: argparse.Namespace, job: dict[str, Any]) -> None:
     """Build every chosen engine through the Python API and write its sidecar."""
+    if args.flavour == "trt":
+        choose_gpu(args.device)
     trt = load_library(args.flavour)
     check_version(job, args.flavour, trt.__version__)
     if args.flavour == "trt" and not args.skip_gpu_check:
@@ -292,9 +311,9 @@ def build_all(args: argparse.Namespace, job: dict[str, Any]) -> None:
     runs_on = [dotted(name) for name in capabilities] or [job["gpu"]["compute_capability"]]
     for entry in chosen(job, args.only):
         engine = engine_file(HERE, place(job, args.flavour, capabilities), entry)
-        engine.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         built = build(trt, HERE, entry, args.timing_cache, capabilities)
+        engine.parent.mkdir(parents=True, exist_ok=True)
         draft = engine.with_name(f".{engine.name}.{os.getpid()}")
         draft.write_bytes(built)
         draft.replace(engine)
@@ -326,7 +345,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compute-capability", metavar="SM", action="append", default=[], help="for rtx, such as SM80; may be repeated"
     )
-    parser.add_argument("--device", type=int, default=0, help="the GPU's number (default: 0)")
+    parser.add_argument(
+        "--device", default=usual_device(), help="the GPU's number in nvidia-smi (default: the first visible one)"
+    )
     parser.add_argument("--skip-gpu-check", action="store_true", help="do not compare the GPU with the export's")
     steps = parser.add_argument_group("steps of build_engines.sh").add_mutually_exclusive_group()
     steps.add_argument("--names", action="store_true", help="print the engines' names, each ended by a zero byte")
@@ -358,7 +379,7 @@ def step(args: argparse.Namespace, job: dict[str, Any]) -> None:
     engine = engine_file(HERE, place(job, "trt", []), entry)
     if args.trtexec_arguments:
         engine.parent.mkdir(parents=True, exist_ok=True)
-        _print_words(trtexec_arguments(HERE, entry, engine, args.device))
+        _print_words(trtexec_arguments(HERE, entry, engine))
         return
     runs_on = [job["gpu"]["compute_capability"]]
     finish(HERE, job, entry, engine, flavour="trt", version=args.library_version, runs_on=runs_on)

@@ -2,6 +2,7 @@
 # Build the TensorRT engines of this export with trtexec (TensorRT 11 or newer), on the machine that will run them.
 #   ./build_engines.sh [--device N] [--skip-gpu-check] [NAME...]
 # What to build is in engines.json; build_engines.py reads it, makes trtexec's arguments and writes the sidecars.
+# --device is the GPU's number in nvidia-smi; without it the first of CUDA_VISIBLE_DEVICES is taken, or 0.
 # Engines are built, not run. TRTEXEC and PYTHON may name the two programs.
 set -euo pipefail
 
@@ -15,7 +16,8 @@ stop() {
   exit 1
 }
 
-device=0
+device="${CUDA_VISIBLE_DEVICES:-0}"
+device="${device%%,*}"
 checks=()
 names=()
 while (($#)); do
@@ -43,14 +45,17 @@ version="$((10#$number / 10000)).$((10#$number / 100 % 100)).$((10#$number % 100
 
 "$python" "$script" --check --library-version "$version" --device "$device" "${checks[@]}"
 
+# trtexec then counts as nvidia-smi does, and sees the one GPU.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES="$device"
+
 if ((${#names[@]} == 0)); then
   "$python" "$script" --names >/dev/null
   mapfile -d '' -t names < <("$python" "$script" --names)
 fi
 
 for name in "${names[@]}"; do
-  "$python" "$script" --trtexec-arguments "$name" --device "$device" >/dev/null
-  mapfile -d '' -t arguments < <("$python" "$script" --trtexec-arguments "$name" --device "$device")
+  "$python" "$script" --trtexec-arguments "$name" >/dev/null
+  mapfile -d '' -t arguments < <("$python" "$script" --trtexec-arguments "$name")
   printf '%s: trtexec\n' "$name"
   "$trtexec" "${arguments[@]}"
   "$python" "$script" --sidecar-only "$name" --library-version "$version"
