@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
-from vlmexport.engines import EngineSpec, ShapeProfile, engine_specs
+from vlmexport.engines import ENGINES_FOLDER, EngineSpec, ShapeProfile, engine_specs
+from vlmexport.errors import UnsupportedModelError, VlmExportError
 from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.pipeline import load_and_split
 from vlmexport.progress import Progress
 from vlmexport.target import load_target
 from vlmexport.trt_options import TARGET, TrtOptions
-from vlmexport.trt_plan import TrtPlan, check_trt_options, plan_trt
+from vlmexport.trt_plan import EngineDecision, TrtPlan, check_trt_options, plan_trt
 from vlmexport.workspace import build_beside, calibration_folder, check_destination, move_into_place
 
 if TYPE_CHECKING:
@@ -31,13 +33,15 @@ if TYPE_CHECKING:
 class TrtResult:
     """A finished export, its plan, the engines that were built and, when the gate ran, what it said.
 
-    ``artifact.path`` is the folder asked for, or ``<folder>.failed`` when the gate turned red.
+    ``artifact.path`` is the folder asked for, or ``<folder>.failed`` when the gate turned red. ``plan.engines`` has the
+    reason where no engine could be built, also where one was tried. `warnings` are the lint's, one line each.
     """
 
     artifact: Artifact
     plan: TrtPlan
     built: tuple[BuiltEngine, ...]
     report: ParityReport | None
+    warnings: tuple[str, ...] = ()
 
 
 def export_trt(
@@ -56,7 +60,8 @@ def export_trt(
 
     Raises `BadInputError` for input that cannot be exported or does not fit the GPU (nothing is written),
     `UnsupportedModelError` for a graph that TensorRT's parser would refuse, and `NotPossibleHereError` where engines
-    were asked for and cannot be built here. A red gate is not raised: it is in the result.
+    were asked for and cannot be built here; a build that fails without having been asked for is in the result, as is a
+    red gate.
     """
     from vlmexport.lower.tensorrt.build import rtx_version
 
@@ -71,7 +76,7 @@ def export_trt(
         weights, calibrated = decoder_weights(
             vlm, split, plan.export.schemes, calibration or CalibrationOptions(), work, progress
         )
-        artifact, built = _write(vlm, split, plan, weights, calibrated, workspace, progress)
+        artifact, plan, built, warnings = _write(vlm, split, plan, weights, calibrated, workspace, progress)
         del weights, vlm, split  # the gate loads its own reference
         report = None
         if verify:
@@ -80,7 +85,7 @@ def export_trt(
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
         move_into_place(workspace, destination)
-    return TrtResult(Artifact(destination, artifact.manifest), plan, built, report)
+    return TrtResult(Artifact(destination, artifact.manifest), plan, built, report, warnings)
 
 
 def _write(
@@ -91,8 +96,11 @@ def _write(
     calibrated: dict[str, Any] | None,
     folder: Path,
     progress: Progress,
-) -> tuple[Artifact, tuple[BuiltEngine, ...]]:
-    """Graphs, lint, engines, scripts, then the manifest over all of them."""
+) -> tuple[Artifact, TrtPlan, tuple[BuiltEngine, ...], tuple[str, ...]]:
+    """Graphs, lint, engines, scripts, then the manifest over all of them.
+
+    Also what became of the plan's engines, and the lint's warnings.
+    """
     from vlmexport.lower import emitter
     from vlmexport.package import package
     from vlmexport.trt_card import trt_card
@@ -101,33 +109,52 @@ def _write(
     emitted: Emitted = emitter("onnx", "tensorrt")(vlm, split, plan.export, target, weights, folder, progress)
     specs = engine_specs(emitted.parts, plan.limits, plan.vision_axes, split_decoder=plan.options.two_decoders)
     with progress.stage("lint"):
-        _lint(folder, emitted, specs, plan.gpu.weights)
-    built = _build(folder, emitted, specs, plan, progress)
+        warnings = _lint(folder, emitted, specs, plan.gpu.weights)
+    plan, built = _build(folder, emitted, specs, plan, progress)
     facts = {"tensorrt": _facts(plan, specs, built)}
     with progress.stage("package"):
         _write_tools(folder, vlm, split, emitted, specs, plan, facts["tensorrt"])
-        return package(vlm, split, plan.export, target, emitted, folder, calibrated, facts=facts, card=trt_card), built
+        artifact = package(vlm, split, plan.export, target, emitted, folder, calibrated, facts=facts, card=trt_card)
+    return artifact, plan, built, warnings
 
 
-def _lint(folder: Path, emitted: Emitted, specs: Iterable[EngineSpec], weights: tuple[str, ...]) -> None:
+def _lint(folder: Path, emitted: Emitted, specs: Iterable[EngineSpec], weights: tuple[str, ...]) -> tuple[str, ...]:
+    """The warnings of all graphs; `UnsupportedModelError` with the errors of all that have some."""
     from vlmexport.lower.tensorrt.lint import require_clean
 
     profiles: dict[str, tuple[ShapeProfile, ...]] = {}
     for spec in specs:
         profiles[spec.part] = (*profiles.get(spec.part, ()), *spec.profiles)
+    warnings, refused = [], []
     for role, part in emitted.parts.items():
-        require_clean(folder / part.file, profile=profiles[role], weights=weights)
+        try:
+            found = require_clean(folder / part.file, profile=profiles[role], weights=weights)
+        except UnsupportedModelError as error:
+            refused.append(str(error))
+        else:
+            warnings += [f"{part.file}: {finding}" for finding in found]
+    if refused:
+        raise UnsupportedModelError("\n".join(refused))
+    return tuple(warnings)
 
 
 def _build(
     folder: Path, emitted: Emitted, specs: tuple[EngineSpec, ...], plan: TrtPlan, progress: Progress
-) -> tuple[BuiltEngine, ...]:
+) -> tuple[TrtPlan, tuple[BuiltEngine, ...]]:
+    """All engines, or none and the plan with the reason; raises only where engines were asked for."""
     from vlmexport.lower.tensorrt.build import build_engines
 
     if not plan.engines.builder:
-        return ()
+        return plan, ()
     gpu = None if plan.options.portable else plan.gpu
-    return build_engines(folder, specs, emitted.parts, gpu, progress, flavour=plan.engines.builder)
+    try:
+        return plan, build_engines(folder, specs, emitted.parts, gpu, progress, flavour=plan.engines.builder)
+    except VlmExportError as error:
+        if plan.options.engines or plan.options.backend == "rtx":
+            raise
+        shutil.rmtree(folder / ENGINES_FOLDER, ignore_errors=True)
+        reason = " ".join(str(error).split()).rstrip(".")
+        return dataclasses.replace(plan, engines=EngineDecision("", reason)), ()
 
 
 def _facts(plan: TrtPlan, specs: Iterable[EngineSpec], built: tuple[BuiltEngine, ...]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.lower.tensorrt.lint_examples import EXAMPLES, Example
 from tests.lower.tensorrt.lint_graphs import dequantize, scatter, text, unary
 from vlmexport.engines import ShapeProfile, TrtLimits, decoder_profiles
 from vlmexport.errors import ArtifactError, UnsupportedModelError
+from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.tensorrt import operators
 from vlmexport.lower.tensorrt.lint import GRAPH_RULES, RULES, Finding, lint_graph, require_clean
 
@@ -115,7 +116,7 @@ def test_a_profile_longer_than_the_cache(tmp_path: Path) -> None:
     path = write_decoder(tmp_path)
     profiles = decoder_profiles(part_of(path), TrtLimits(max_batch=2, max_seq=49, max_images=1))
     with pytest.raises(
-        UnsupportedModelError, match=r"writes 49 slots in profile prefill, its cache has 48.*and 3 more"
+        UnsupportedModelError, match=r"writes 49 slots in profile prefill, its cache has 48.*1 of 4 errors"
     ):
         require_clean(path, profile=profiles)
 
@@ -227,10 +228,31 @@ def test_errors_come_first_and_name_the_node(tmp_path: Path) -> None:
     onnx.save(scatter(axis=1, mode="circular"), path)
     with pytest.raises(UnsupportedModelError) as caught:
         require_clean(path)
-    line = str(caught.value)
+    line, second = str(caught.value).splitlines()
     assert "graph.onnx is not for TensorRT: TensorScatter scatter: TensorScatter with mode=circular [attribute]" in line
-    assert line.endswith("(and 1 more)")
-    assert "\n" not in line
+    assert line.endswith("(1 of 2 errors)")
+    assert second.startswith("graph.onnx: TensorScatter scatter: ")
+
+
+def test_every_error_is_listed_up_to_eight(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    chain = " ".join(f"y{i} = Bernoulli({f'y{i - 1}' if i else 'x'})" for i in range(11))
+    model = text(f"g (float[4] x) => (float[4] y10) {{ {chain} }}")
+    for index, node in enumerate(model.graph.node):
+        node.name = f"n{index}"
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        require_clean(path)
+    first, *more = str(caught.value).splitlines()
+    assert first.startswith("graph.onnx is not for TensorRT: Bernoulli n0: ") and first.endswith("(1 of 11 errors)")
+    assert [line.split(": ")[1] for line in more[:-1]] == [f"Bernoulli n{i}" for i in range(1, 8)]
+    assert more[-1] == "graph.onnx: and 3 more"
+
+
+@pytest.mark.parametrize(("ir", "rules_found"), [(ir_version(23), set()), (ir_version(24), set()), (13, {"version"})])
+def test_ir_versions_that_were_measured_are_not_warned_about(ir: int, rules_found: set[str], tmp_path: Path) -> None:
+    model = text("g (float[4] x) => (float[4] y) { y = Relu(x) }", ir=ir)
+    assert rules(lint(model, tmp_path), "warning") == rules_found
 
 
 def test_warnings_do_not_stop(tmp_path: Path) -> None:

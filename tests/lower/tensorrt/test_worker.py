@@ -74,9 +74,10 @@ def test_an_older_engine_survives_a_failed_build(out: Path, monkeypatch: pytest.
     ("ending", "kind", "words"),
     [
         ("refuse", UnsupportedModelError, "cannot build decoder.onnx for SM80: no kernel for it"),
-        ("silent", VlmExportError, "cannot build decoder.onnx for SM80 and does not say why"),
+        ("silent", NotPossibleHereError, "cannot build decoder.onnx for SM80 and does not say why"),
+        ("crash", NotPossibleHereError, "for SM80, its compiler crashed: MyelinCheckException: a.cpp:1: CHECK(0) fai"),
         ("unread", UnsupportedModelError, "cannot read decoder.onnx and does not say why"),
-        ("abort", VlmExportError, "the library died of SIGABRT; its last word: bad optional access"),
+        ("abort", NotPossibleHereError, "the library died of SIGABRT; its last word: bad optional access"),
         ("raise", VlmExportError, "exit status 1; its last word: TypeError: incompatible function arguments"),
         ("kill", NotPossibleHereError, "was killed at 0.0 GB, most often because the machine ran out of memory"),
         ("profile", BadInputError, "profile 'prefill' of decoder.onnx: its shapes do not fit the graph's inputs"),

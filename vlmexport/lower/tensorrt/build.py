@@ -28,16 +28,23 @@ from typing import IO, Any
 
 import vlmexport
 from vlmexport import errors
-from vlmexport.engines import LIBRARIES, MODULES, EngineSpec, Flavour, Sidecar, engine_path, graph_digests, sm_name
-from vlmexport.gpu import Gpu
+from vlmexport.engines import (
+    INSTALL_RTX,
+    LIBRARIES,
+    MODULES,
+    PORTABLE_PLACE,
+    EngineSpec,
+    Flavour,
+    Sidecar,
+    engine_path,
+    graph_digests,
+    sm_name,
+)
+from vlmexport.gpu import RTX_PORTABLE, Gpu
 from vlmexport.lower.tensorrt.worker import Built, Request, one_line, peak_rss
 from vlmexport.manifest import PartFile, file_sha256
 from vlmexport.progress import Progress
 
-INSTALL_RTX = "pip install 'vlmexport[rtx]'"
-# A portable engine names its compute capabilities: left unset, the library chooses, and does not say what.
-PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
-PORTABLE_PLACE = "portable"
 # Far more than any build took here (a 1.5B decoder: 4 minutes on a busy machine); it only ends one that hangs.
 TIMEOUT = 7200.0
 _POLL = 0.05
@@ -145,7 +152,8 @@ def _targets(gpu: Gpu | None, flavour: Flavour) -> tuple[str, tuple[str, ...], t
         return gpu.name, (gpu.compute_capability,), (gpu.compute_capability,)
     require_rtx()
     if gpu is None:
-        return PORTABLE_PLACE, PORTABLE, tuple(sm_name(c).upper() for c in PORTABLE)
+        # Named, though it is the default: left unset, the library chooses, and does not say what.
+        return PORTABLE_PLACE, RTX_PORTABLE, tuple(sm_name(c).upper() for c in RTX_PORTABLE)
     if not gpu.rtx:
         raise errors.NotPossibleHereError(
             f"{gpu.title} has compute capability {gpu.compute_capability}, which TensorRT for RTX does not build for; "
@@ -165,15 +173,16 @@ def build_engine(
 ) -> BuildResult:
     """Build the engine `spec` of the graph `onnx` into `out`, in a process of its own, at most `timeout` seconds.
 
-    `compute_capabilities`: TensorRT for RTX's names (``SM80``); several, or none for `PORTABLE`, make one engine for
-    all of them. With flavour ``trt`` it is the GPU's compute capability (``8.0``).
+    `compute_capabilities`: TensorRT for RTX's names (``SM80``); several, or none for those of `RTX_PORTABLE`, make one
+    engine for all of them. With flavour ``trt`` it is the GPU's compute capability (``8.0``).
     `out` appears when it is whole: an error, a signal or Ctrl-C ends the process and leaves what was there before.
 
     Raises `UnsupportedModelError` where the library refuses the graph (node and reason), `BadInputError` for INT4 on a
     GPU without it and for profiles that do not fit, `NotPossibleHereError` for a target that it does not build for, a
-    missing library, too little memory or disk, and a build that does not end; `VlmExportError` when it crashes.
+    missing library, too little memory or disk, a build that does not end and a library that crashes; `VlmExportError`
+    when the worker itself fails.
     """
-    targets = tuple(compute_capabilities) or tuple(sm_name(c).upper() for c in PORTABLE)
+    targets = tuple(compute_capabilities) or tuple(sm_name(c).upper() for c in RTX_PORTABLE)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -257,8 +266,10 @@ def _crash(request: Request, status: int, peak: int, log: str) -> errors.VlmExpo
             f"{_what(request)}: the process was killed at {peak / 1e9:.1f} GB, most often because the machine ran out "
             "of memory; build it on one with more (build_engines.sh of the export)"
         )
-    how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-    return errors.VlmExportError(f"{_what(request)}: the library {how}{reason}")
+    if status < 0:
+        died = f"the library died of {signal.Signals(-status).name}"
+        return errors.NotPossibleHereError(f"{_what(request)}: {died}{reason}")
+    return errors.VlmExportError(f"{_what(request)}: the library ended with exit status {status}{reason}")
 
 
 def _what(request: Request) -> str:

@@ -19,6 +19,7 @@ from vlmexport.lower.tensorrt.lint_view import Request, Severity, Site, all_site
 RULES = (*lint_rules.RULES, *lint_attention.RULES)
 GRAPH_RULES = (*lint_rules.GRAPH_RULES, *lint_inputs.GRAPH_RULES)
 ALL_WEIGHTS = ("fp16", "int8", "int4")
+_MOST_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,21 @@ def lint_graph(
 def require_clean(
     path: Path, profile: Sequence[ShapeProfile] = (), *, weights: Sequence[str] = ALL_WEIGHTS
 ) -> tuple[Finding, ...]:
-    """The warnings of a graph without errors; otherwise `UnsupportedModelError` with the first and how many more."""
+    """The warnings of a graph without errors.
+
+    Otherwise `UnsupportedModelError`: a line with the first error and how many there are, then one for each of the
+    others, up to `_MOST_LISTED` in all and the number of what is left.
+    """
     findings = lint_graph(path, profile=profile, weights=weights)
     errors = [f for f in findings if f.severity == "error"]
-    if errors:
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UnsupportedModelError(f"{path.name} is not for TensorRT: {errors[0]}{more}")
-    return findings
+    if not errors:
+        return findings
+    count = f" (1 of {len(errors)} errors)" if len(errors) > 1 else ""
+    lines = [f"{path.name} is not for TensorRT: {errors[0]}{count}"]
+    lines += [f"{path.name}: {error}" for error in errors[1:_MOST_LISTED]]
+    if len(errors) > _MOST_LISTED:
+        lines.append(f"{path.name}: and {len(errors) - _MOST_LISTED} more")
+    raise UnsupportedModelError("\n".join(lines))
 
 
 def _request(path: Path, profiles: tuple[ShapeProfile, ...], weights: frozenset[str]) -> Request:

@@ -16,7 +16,7 @@ from vlmexport.lower.tensorrt.lint_view import GraphRule, Problem, Request, Rule
 
 _STANDARD = ("", "ai.onnx")
 # Opset and IR version that everything here was measured with; later ones parse too.
-_NEWEST_OPSET, _NEWEST_IR = 24, 11
+_NEWEST_OPSET, _NEWEST_IR = 24, 12
 _NORMS = (
     "LayerNormalization",
     "RMSNormalization",
@@ -242,9 +242,10 @@ def versions(request: Request) -> Iterator[tuple[str, Problem]]:
     if opset > newest:
         yield "opset", Problem("error", f"opset {opset} is not one of ONNX's, which ends at {newest}", "use opset 24")
     elif opset > _NEWEST_OPSET:
-        yield "opset", Problem("warning", f"opset {opset} was not measured with TensorRT", "use opset 24")
+        yield "opset", Problem("warning", f"opset {opset} was not measured with TensorRT", f"use opset {_NEWEST_OPSET}")
     if request.model.ir_version > _NEWEST_IR:
-        yield "ir_version", Problem("warning", f"IR version {request.model.ir_version} was not measured", "use 11")
+        found = request.model.ir_version
+        yield "ir_version", Problem("warning", f"IR version {found} was not measured", f"use {_NEWEST_IR}")
 
 
 _LIMITED = tuple(sorted({op for op, _ in operators.ATTRIBUTE_VALUES} | operators.NO_DILATION | {"Mod"}))

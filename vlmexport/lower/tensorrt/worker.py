@@ -25,6 +25,8 @@ from vlmexport import errors
 from vlmexport.engines import LIBRARIES, MODULES, Dims, Flavour, ShapeProfile
 
 _LONGEST_REASON = 400
+# How the library words what went wrong in itself, and not with the graph or the GPU.
+_CRASH = re.compile(r"\w+Exception: |CHECK\(.*\) failed|Assertion .* failed|[Ii]nternal [Ee]rror|bad optional access")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def build(request: Request, trt: Any, log: Callable[[str], None]) -> Built:
     """Build one engine with the module `trt` and write it to ``request.out``.
 
     Raises `UnsupportedModelError` where the parser or the compiler refuses the graph, `BadInputError` for a profile
-    that does not fit it, `NotPossibleHereError` for a target that this library does not build for, another GPU than
-    TensorRT is asked to build for, and a file that cannot be written.
+    that does not fit it, `NotPossibleHereError` for a compiler that crashes, a target that this library does not build
+    for, another GPU than TensorRT is asked to build for, and a file that cannot be written.
     """
     started = time.perf_counter()
     if request.flavour == "trt":
@@ -169,8 +171,10 @@ def _build_error(request: Request, messages: list[str]) -> errors.VlmExportError
     """The library's reason, which is the first of its errors: the ones after it follow from it."""
     what = f"{LIBRARIES[request.flavour]} cannot build {Path(request.onnx).name} for {', '.join(request.targets)}"
     if not messages:
-        return errors.VlmExportError(f"{what} and does not say why")
+        return errors.NotPossibleHereError(f"{what} and does not say why")
     reason = one_line(messages[0])
+    if _CRASH.search(reason):
+        return errors.NotPossibleHereError(f"{what}, its compiler crashed: {reason}")
     if "HW-specific datatypes: int4" in reason:
         return errors.BadInputError(f"{what}: it has no INT4 weights there; choose --quant int8 or fp16")
     return errors.UnsupportedModelError(f"{what}: {reason}")

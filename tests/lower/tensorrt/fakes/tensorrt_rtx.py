@@ -113,7 +113,10 @@ class Builder:
                 "IBuilder::build: Error Code 9: no kernel\nfor it In compileGraph at /src/optimizer.cpp:12)",
             )
             self.logger.log(ILogger.ERROR, "and so on")
-        if ending in ("refuse", "silent"):
+        if ending == "crash":
+            said = "Myelin ([graph.h:1: attach] MyelinCheckException: a.cpp:1: CHECK(0) failed.  In g at /_src/b.cpp:2)"
+            self.logger.log(ILogger.ERROR, f"IBuilder::build: Error Code 1: {said}")
+        if ending in ("refuse", "silent", "crash"):
             return None
         if ending == "abort":
             self.logger.log(ILogger.INTERNAL_ERROR, "bad optional access")
