@@ -105,7 +105,7 @@ class Judge:
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[judged tokens, vocab]`` float32."""
-        logits: torch.Tensor = self.part.head(hidden)
+        logits: torch.Tensor = self.part.logits(hidden)
         return logits.float().log_softmax(-1)
 
 
