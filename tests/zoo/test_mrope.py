@@ -1,4 +1,4 @@
-"""Families with three positions for each token, from the split to ONNX Runtime: Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+"""Families with three positions for each token, from the split to ONNX Runtime: Qwen-VL 2, 2.5 and 3, GLM-4V."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs, stack
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner
 from vlmexport.runtime.torch import TorchRunner
-from vlmexport.split import capture
+from vlmexport.split import capture, packed
 from vlmexport.split.capture import split_decoder, split_model
 from vlmexport.split.decoder import capture_decoder_call
 from vlmexport.split.features import feature_rows, find_feature_call
@@ -113,10 +113,16 @@ def test_the_tensorrt_layout_refuses_such_decoders(tmp_path: Path) -> None:
     options = dataclasses.replace(FLOATS, target="tensorrt", attention="static", cache_length=64)
     plan = ExportPlan("tiny", options, "fp32", "fp16", ())
     weights = DecoderWeights({})
-    with pytest.raises(
-        UnsupportedModelError, match="qwen3_vl: its decoder takes positions on 3 axes and"
-    ):
+    with pytest.raises(UnsupportedModelError, match="qwen3_vl: its decoder takes positions on 3 axes and"):
         lower_decoder(vlm, part, plan, load_target("tensorrt"), weights)
+
+
+def test_an_encoder_that_needs_the_lengths_of_pictures_is_refused() -> None:
+    lengths = packed._Segments(packed._Packed(), torch.zeros(4, dtype=torch.int64))
+    assert (lengths[1:] - lengths[:-1]).tolist() == [0]
+    for use in (lambda: lengths.max(), lambda: lengths.cumsum(0)):
+        with pytest.raises(UnsupportedModelError, match=r"lengths of its pictures .* for something else than attention"):
+            use()
 
 
 def test_rows_of_a_batch_keep_their_positions(tmp_path: Path) -> None:

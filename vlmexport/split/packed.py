@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.attention import plain_attention
 
 _HELPERS = "transformers.vision_utils"
@@ -62,18 +63,31 @@ def _uses(encoder: nn.Module) -> Iterator[tuple[Any, str]]:
 class _Segments:
     """Stands for the cumulated lengths of the segments of patches that see each other: `numbers` int64 ``[patches]``.
 
-    Code that cuts queries, keys and values at those lengths gets them whole, and attention is told the segments.
+    Code that cuts queries, keys and values at those lengths gets them whole, and attention is told the segments. `ends`
+    is where each picture ends, which are the segments' ends too: a picture has one frame.
     """
 
-    def __init__(self, packed: _Packed, numbers: torch.Tensor) -> None:
-        self.packed, self.numbers = packed, numbers
+    def __init__(self, packed: _Packed, numbers: torch.Tensor, ends: torch.Tensor | None = None) -> None:
+        self.packed, self.numbers, self.ends = packed, numbers, ends
         self.mask: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnsupportedModelError(
+            f"the image encoder uses lengths of its pictures ({name}) for something else than attention; such encoders "
+            "are not supported yet"
+        )
 
     def __getitem__(self, _key: Any) -> _Segments:
         return self
 
     def __sub__(self, _other: Any) -> _Segments:
         return self
+
+    def cumsum(self, _axis: int) -> torch.Tensor:
+        """Where each segment ends, int64 ``[pictures]``."""
+        return self.__getattr__("cumsum") if self.ends is None else self.ends
 
     def tolist(self) -> list[Any]:
         """The lengths of the pieces: one."""
@@ -113,7 +127,8 @@ class _Packed:
     ) -> _Segments:
         """A segment for each frame, or for each picture."""
         image, frame, *_ = self._places(grid_thw, 1)
-        return _Segments(self, image if merge_temporal else image * _MANY + frame)
+        ends = (grid_thw[:, 0] * grid_thw[:, 1] * grid_thw[:, 2]).cumsum(0)
+        return _Segments(self, image if merge_temporal else image * _MANY + frame, ends)
 
     def get_vision_attention_seqlens(
         self, grid_thw: torch.Tensor, config: Any, merge_temporal: bool = False, kwargs: Any = None
