@@ -34,6 +34,17 @@ def test_a_flat_family_takes_several_images(tiny_llava: Path, pictures: list[Pat
     assert inputs.pixel_inputs["pixel_values"].shape[0] == 2
 
 
+def test_without_a_chat_template_the_text_follows_the_image_tokens(tiny_llava: Path, pictures: list[Path]) -> None:
+    builder = PromptBuilder(tiny_llava)
+    seen: list[str] = []
+    encode = builder.encode
+    builder.encode = lambda text, images: seen.append(text) or encode(text, images)
+    builder.processor.chat_template = None
+    inputs = builder.build(pictures[:1], "compare")
+    assert seen == [f"{builder.processor.image_token}compare"]
+    assert "pixel_values" in inputs.pixel_inputs
+
+
 def test_a_folder_without_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="the processor does not load"):
         PromptBuilder(tmp_path)

@@ -35,8 +35,14 @@ class PromptBuilder:
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
 
     def build(self, images: Sequence[Path | Image], prompt: str) -> ModelInputs:
-        """Inputs of one user turn: the images, then the text."""
+        """Inputs of one user turn: the images, then the text.
+
+        A model without a chat template gets its image token for each picture, and the text as it is.
+        """
         pictures = [load_image(i) if isinstance(i, Path) else i for i in images]
+        token = getattr(self.processor, "image_token", None)
+        if not getattr(self.processor, "chat_template", None) and isinstance(token, str):
+            return self.encode(token * len(pictures) + prompt, pictures)
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
         text = self.render([{"role": "user", "content": content}])
         return self.encode(text, pictures)
