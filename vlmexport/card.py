@@ -87,7 +87,9 @@ def decoder_words(manifest: Manifest) -> str:
     source = manifest.source.get("quantization")
     kept = ""
     if source:
-        again = sum(w["action"] == "quantize" and "--requantize" in w["reason"] for w in manifest.plan.get("weights", ()))
+        again = sum(
+            w["action"] == "quantize" and "--requantize" in w["reason"] for w in manifest.plan.get("weights", ())
+        )
         kept = f" Codes and scales are those of the quantized checkpoint ({source['summary']})"
         kept += f", but for {again} matrices that were rounded again (--requantize)." if again else "."
     return f"Decoder: {told}.{kept} Vision encoder, projector and embedding are not quantized."

@@ -151,7 +151,13 @@ class _Watch:
     exact: dict[nn.Module, bool] = field(default_factory=dict)
 
     def attend(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Result ``[B, S, N, D]`` of q ``[B, N, S, D]`` and k, v ``[B, M, S, D]``."""
         batch, heads, length, _ = query.shape
@@ -161,7 +167,7 @@ class _Watch:
         # One head of one picture at a time: all their scores together can be gigabytes.
         for b, n in itertools.product(range(batch), range(heads)):
             wide = [query[b, n].float(), key[b, n // groups].float(), value[b, n // groups].float()]
-            bias = 0.0 if mask is None else mask.expand(batch, heads, -1, -1)[b, n].float()
+            bias = 0.0 if attention_mask is None else attention_mask.expand(batch, heads, -1, -1)[b, n].float()
             out[b, :, n], scores = _attention(wide, bias, scale)
             rounded, _ = _attention([t.half().float() for t in wide], bias, scale)
             peak = max(peak, *(float(t.abs().max()) for t in (*wide, scores)))
