@@ -20,12 +20,12 @@ TABLE = ROOT / "vlmexport" / "families" / "support.json"
 
 def main(names: list[str]) -> None:
     """Write the table after every family, so that an interruption keeps what was measured."""
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
-    table = {family: verdicts for family, verdicts in table.items() if family in FAMILIES}
     for family in names or FAMILIES:
         with tempfile.TemporaryDirectory(prefix="vlmexport-") as folder:
-            table[family] = measure(family, Path(folder))
-        print(family, {target: verdict["state"] for target, verdict in table[family].items()}, flush=True)
+            verdicts = measure(family, Path(folder))
+        print(family, {target: verdict["state"] for target, verdict in verdicts.items()}, flush=True)
+        table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
+        table = {name: known for name, known in {**table, family: verdicts}.items() if name in FAMILIES}
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -123,12 +123,12 @@ def _llama_cpp(target: Target) -> Finding:
 
 def _tensorrt(target: Target) -> Finding:
     """Graphs can be made and judged anywhere; engines run only on a GPU, with their own library."""
+    from vlmexport.engines import LIBRARIES
     from vlmexport.runtime.tensorrt.bindings import installed_flavours
     from vlmexport.runtime.tensorrt.cuda import gpu_status
 
     status, found = gpu_status(), installed_flavours()
-    names = {"rtx": "TensorRT for RTX", "trt": "TensorRT"}
-    have = ", ".join(f"{names[flavour]} {version}" for flavour, version in found.items()) or "no TensorRT"
+    have = ", ".join(f"{LIBRARIES[flavour]} {version}" for flavour, version in found.items()) or "no TensorRT"
     device = f"{status.name}, {status.compute_capability}" if status.present else status.reason
     works = bool(found) and status.present
     detail = f"exports can be made and judged here; engines run where the GPU is ({have}; {device})"

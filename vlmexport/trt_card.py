@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmexport.card import adapter_words, decoder_words, kept_table, metadata
+from vlmexport.engines import LIBRARIES
 from vlmexport.manifest import Manifest
 
 
@@ -55,7 +56,7 @@ def _engines(facts: dict[str, Any]) -> list[str]:
     if not built["places"]:
         return [f"Engine not built: {built['reason']}.", "", script]
     places = ", ".join(f"`engines/{place}/`" for place in built["places"])
-    library = "TensorRT for RTX" if built["flavour"] == "rtx" else "TensorRT"
+    library = LIBRARIES[built["flavour"]]
     return [
         f"{names} in {places}, built by {library} {built['version']} without running them. They load only in that very "
         "version, on the compute capabilities that each sidecar (`.engine.json`) names.",

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmexport.engines import AxisRange, TrtLimits
+from vlmexport.engines import INSTALL_RTX, AxisRange, TrtLimits
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gpu import RTX_PORTABLE, Gpu, load_gpu
 from vlmexport.kept_codes import fitting_group
@@ -17,14 +17,12 @@ from vlmexport.split.parts import Role
 from vlmexport.target import load_target
 from vlmexport.trt_options import TARGET, USUAL_LENGTH, USUAL_PROMPT, TrtOptions
 from vlmexport.trt_prediction import ModelSizes, Prediction, check_fits
-from vlmexport.trt_shapes import images_of_a_picture, patches_of_an_image, vision_axes
+from vlmexport.trt_shapes import images_of_a_picture, patches_of_an_image, triton_refusal, vision_axes
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
     from vlmexport.quantize.scheme import QuantScheme
     from vlmexport.split.parts import Split
-
-INSTALL_RTX = "pip install 'vlmexport[rtx]'"
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,12 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
     gpu, engines = check_trt_options(options, rtx_version)
     if split.merge.mask != "causal":
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: tokens of an image or a prompt see each other (block_ids), which what runs engines "
-            "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+            f"{vlm.facts.model_type}: tokens of an image or a prompt see each other (block_ids), which what runs "
+            "engines does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
         )
     options = settle_options(vlm, split, options)
+    if options.triton is not None and (refusal := triton_refusal(split)):
+        raise BadInputError(refusal)
     export = plan_export(vlm, split, load_target(TARGET), options.onnx)
     for bits in sorted({scheme.bits for scheme in export.schemes.values()}):
         gpu.check_weights(f"int{bits}")

@@ -25,6 +25,7 @@ from vlmexport.cli.options import (
 )
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
+from vlmexport.engines import LIBRARIES
 from vlmexport.quantize.registry import CHOICES
 from vlmexport.trt_options import PRECISIONS, USUAL_LENGTH, TrtOptions, trt_onnx_options, trt_scheme
 
@@ -232,8 +233,8 @@ def print_result(result: TrtResult, console: Console) -> None:
     plan = result.plan
     for line in plan.prediction.lines():
         console.print(line, style="dim", markup=False, soft_wrap=True)
-    for line in plan.notes:
-        console.print(f"[yellow]note:[/] {line}", soft_wrap=True)
+    for line in (*plan.notes, *result.warnings):
+        console.print(f"note: {line}", style="yellow", markup=False, soft_wrap=True)
     if result.built:
         table = Table("engine", "for")
         for name in ("size", "build time"):
@@ -247,8 +248,7 @@ def print_result(result: TrtResult, console: Console) -> None:
             )
         console.print(table)
         console.print(
-            f"Engines were built by {'TensorRT for RTX' if plan.engines.builder == 'rtx' else 'TensorRT'} "
-            f"{result.built[0].version} and not run.",
+            f"Engines were built by {LIBRARIES[result.built[0].sidecar.flavour]} {result.built[0].version} and not run.",
             soft_wrap=True,
         )
     else:
