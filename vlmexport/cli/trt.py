@@ -247,10 +247,9 @@ def print_result(result: TrtResult, console: Console) -> None:
                 f"{engine.result.seconds:.1f} s",
             )
         console.print(table)
-        console.print(
-            f"Engines were built by {LIBRARIES[result.built[0].sidecar.flavour]} {result.built[0].version} and not run.",
-            soft_wrap=True,
-        )
+        first = result.built[0]
+        library = f"{LIBRARIES[first.sidecar.flavour]} {first.version}"
+        console.print(f"Engines were built by {library} and not run.", soft_wrap=True)
     else:
         console.print(f"engine not built: {plan.engines.reason}", style="yellow", markup=False, soft_wrap=True)
     console.print(
