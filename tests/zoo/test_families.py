@@ -38,12 +38,16 @@ REPLAY_LIMIT, LOWERING_LIMIT = 1e-5, 1e-4
 INT4 = dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32))
 # Decoders without rotary embedding have the standard form only.
 NO_ROTARY = ("blip2", "instructblip")
-FAST = ("pixtral", "cohere2_vision", "llava_next")
-SLOW = (
+# Of each way in which features come to the decoder one is in `make test`, the others are in `make test-all`.
+ONE_OF_EACH = ("pixtral", "cohere2_vision", "llava_next")
+OTHERS = (
     "llava", "vipllava", "llava_onevision", "video_llava", "idefics2", "idefics3", "smolvlm", "internvl", "aya_vision",
     "deepseek_vl", "janus", "got_ocr2", "mistral3", *NO_ROTARY,
 )  # fmt: skip
-FAMILIES = [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
+FAMILIES = [
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ONE_OF_EACH),
+    *(pytest.param(family, marks=[pytest.mark.slow, pytest.mark.family]) for family in OTHERS),
+]
 REFUSED = {
     "lfm2_vl": r"lfm2_vl: layer 0 \(conv\) of the decoder keeps no keys and values of its own but another state",
 }
