@@ -62,18 +62,17 @@ def test_without_blocks_the_decoder_is_another_one(taken_apart: tuple[VLM, Split
     assert torch.equal(text, causal)
 
 
-def test_a_window_that_hides_too_much_is_another_decoder(taken_apart: tuple[VLM, Split, Any]) -> None:
+def test_what_a_window_hides_of_a_block_matters_where_there_are_windows(taken_apart: tuple[VLM, Split, Any]) -> None:
     _, split, _ = taken_apart
     part = split.parts[Role.DECODER]
     blocks = part.module.blocks
-    if len(blocks.windows) == 1:
-        pytest.skip("no windows")
+    windows = len(blocks.windows) > 1
     with torch.no_grad():
         wanted = part.module(**part.examples[0])
         part.module.blocks = BlockMasks(blocks.windows, cut=not blocks.cut)
         other = part.module(**part.examples[0])
     part.module.blocks = blocks
-    assert (other - wanted).abs().max() > 0.1 * wanted.abs().max()
+    assert bool((other - wanted).abs().max() > 0.1 * wanted.abs().max()) == windows
 
 
 def test_the_visible_keys_of_a_block_a_window_and_a_past() -> None:

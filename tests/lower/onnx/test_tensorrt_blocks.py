@@ -56,6 +56,7 @@ def test_prompts_with_blocks_and_steps_behind_them(gemma3: Model, tmp_path: Path
     assert relative(causal[1], gemma3.part.module(**long)[0].detach()) > 0.1
 
 
+@pytest.mark.slow
 def test_tensorrt_for_rtx_builds_the_graph(gemma3: Model, tmp_path: Path) -> None:
     path = decoding.write(decoding.lower(gemma3, dataclasses.replace(EXACT, decoder_dtype="fp16")), tmp_path)
 
