@@ -86,3 +86,14 @@ def test_missing_folder_and_huge_images_are_named(tmp_path: Path, monkeypatch: p
     Image.new("RGB", (10, 10)).save(tmp_path / "big.png")
     with pytest.raises(BadInputError, match=r"big\.png has 10x10 pixels; the limit is 99"):
         load_image(tmp_path / "big.png")
+
+
+def test_a_processor_that_needs_another_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor
+
+    def load(*_args: object, **_kwargs: object) -> None:
+        raise ImportError("\nXProcessor requires the Torchvision library but it was not found\nand more lines\n")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+    with pytest.raises(BadInputError, match=r"does not load: XProcessor requires the Torchvision .*found$"):
+        PromptBuilder(tmp_path)

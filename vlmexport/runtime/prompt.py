@@ -30,8 +30,9 @@ class PromptBuilder:
         load: Any = AutoProcessor.from_pretrained
         try:
             self.processor: Any = load(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInputError(f"{folder}: the processor does not load: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise BadInputError(f"{folder}: the processor does not load: {reason}") from error
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
 
     def build(self, images: Sequence[Path | Image], prompt: str) -> ModelInputs:
