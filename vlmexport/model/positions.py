@@ -21,12 +21,6 @@ AXES = 3
 GRID = "image_grid_thw"
 
 
-def text_positions(mask: Ids) -> Ids:
-    """Positions int64 ``[3, batch, tokens]`` of right-padded text alone; padding counts like the last token."""
-    counted = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    return np.broadcast_to(counted, (AXES, *mask.shape)).astype(np.int64)
-
-
 def prompt_positions(spec: MergeSpec, input_ids: Ids, pixel_inputs: Mapping[str, Any]) -> Ids:
     """Positions int64 ``[3, 1, tokens]`` of the prompt ``input_ids [1, tokens]`` without padding.
 

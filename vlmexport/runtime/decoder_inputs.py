@@ -48,10 +48,6 @@ class DecoderInputs:
         """Tokens `start` to `stop` (None: the end) of every row."""
         return self._taken(np.arange(self.length)[start:stop])
 
-    def resized(self, tokens: int) -> DecoderInputs:
-        """The first `tokens`, starting over where there are fewer."""
-        return self._taken(np.arange(tokens) % self.length)
-
     def followed(self, embeds: Array) -> DecoderInputs:
         """The same prompt with the tokens `embeds` ``[1, tokens, hidden]`` of an answer behind it."""
         count, extras = embeds.shape[1], {}
