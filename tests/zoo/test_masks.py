@@ -24,14 +24,14 @@ from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.capture import split_model
 
 LIMIT = 1e-4
-_SLOW = pytest.mark.slow
+_FAMILY = [pytest.mark.slow, pytest.mark.family]
 FORMS = [
-    pytest.param(("gemma3", "gqa")),
-    pytest.param(("gemma3", "standard"), marks=_SLOW),
-    pytest.param(("paligemma", "gqa"), marks=_SLOW),
-    pytest.param(("paligemma", "standard"), marks=_SLOW),
-    pytest.param(("paligemma2", "gqa"), marks=_SLOW),
-    pytest.param(("paligemma2", "standard"), marks=_SLOW),
+    pytest.param(("gemma3", "gqa"), marks=pytest.mark.slow),
+    pytest.param(("gemma3", "standard"), marks=_FAMILY),
+    pytest.param(("paligemma", "gqa"), marks=_FAMILY),
+    pytest.param(("paligemma", "standard"), marks=_FAMILY),
+    pytest.param(("paligemma2", "gqa"), marks=_FAMILY),
+    pytest.param(("paligemma2", "standard"), marks=pytest.mark.slow),
 ]
 
 
