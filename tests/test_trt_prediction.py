@@ -153,7 +153,8 @@ def test_the_formulas_carry_their_numbers() -> None:
         "  weights: 1.26 GB vision + 0 GB projector + 0.622 GB embedding + 1.59 GB decoder = 3.48 GB",
         "  KV cache, allocated whole: 4 x 4096 tokens x 36864 bytes = 0.604 GB",
         "  workspace: 4 x 4096 tokens a call x (2 x 4096 mask + 6 x (2048 + 11008) activations + 2 x 2048 "
-        "embeddings) bytes + 5 x 4096 patches x 8 x 3420 bytes + logits 4 x 8 x 151936 x 4 bytes + 2 x 0.017 GB scratch = 2.1 GB",
+        "embeddings) bytes + 5 x 4096 patches x 8 x 3420 bytes + logits 4 x 8 x 151936 x 4 bytes + 2 x 0.017 GB "
+        "scratch = 2.1 GB",
         "  CUDA context and kernels: 0.629 GB (an allowance)",
         "  usable: 80 GB - 0.5 GB for the driver = 79.5 GB",
         "times on a100-80: floors by data-sheet rates, never measurements "

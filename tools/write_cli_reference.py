@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help and the README's table of families (`make docs`); tests compare them."""
+"""Write docs/cli.md from the commands' help and the README's table of families (`make docs`); tests compare them."""
 
 from __future__ import annotations
 

@@ -207,9 +207,7 @@ def test_engines_are_not_loaded_that_are_not_what_manifest_and_folder_say(tmp_pa
     spec = next(s for s in specs_of(artifact.manifest.model) if s.name == "embed_tokens")
     shapes = {"input_ids": ((1, 1), (1, 8), (99, 48))}
     write_engine(artifact, dataclasses.replace(spec, profiles=(dataclasses.replace(spec.profiles[0], shapes=shapes),)))
-    with pytest.raises(
-        ArtifactError, match=r"^sm80/embed_tokens.engine takes input_ids .*\[99, 48\] in embed"
-    ):
+    with pytest.raises(ArtifactError, match=r"^sm80/embed_tokens.engine takes input_ids .*\[99, 48\] in embed"):
         TensorRtRunner(artifact, "sm80", hardware=machine())
     write_engine(artifact, spec)
     (artifact.path / "engines" / "sm80").rename(artifact.path / "engines" / "sm86")
