@@ -10,9 +10,9 @@ import torch
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.load import VLM, load_vlm
+from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.generate import generate_ids
 from vlmexport.runtime.prompt import PromptBuilder
-from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.sampling import Sampling
 from vlmexport.runtime.torch import TorchRunner
