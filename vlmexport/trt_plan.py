@@ -150,10 +150,10 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
     fit the GPU's memory, or the cache is longer than the model's positions.
     """
     gpu, engines = check_trt_options(options, rtx_version)
-    if split.merge.mask != "causal":
+    if more := further_inputs(split):
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: tokens of an image or a prompt see each other (block_ids), which what runs "
-            "engines does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+            f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
+            "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
         )
     options = settle_options(vlm, split, options)
     if options.triton is not None and (refusal := triton_refusal(split)):
@@ -177,6 +177,12 @@ def _notes(images: int, usual: int) -> tuple[str, ...]:
         return ()
     few = f"--max-images {images} is fewer than the {usual} images that the processor makes of one usual picture"
     return (f"{few}; larger pictures will be refused by the engines",)
+
+
+def further_inputs(split: Split) -> tuple[str, ...]:
+    """What the decoder takes beside embeddings: positions on three axes, additions, blocks that see each other."""
+    blocks = ("block_ids",) if split.merge.mask != "causal" else ()
+    return tuple(dict.fromkeys([*split.merge.extras, *blocks]))
 
 
 def settle_options(vlm: VLM, split: Split, options: TrtOptions) -> TrtOptions:
