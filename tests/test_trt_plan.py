@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import make_tiny
 from vlmexport import demo
 from vlmexport.engines import TrtLimits
-from vlmexport.errors import BadInputError, NotPossibleHereError
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gpu import load_gpu
 from vlmexport.kept_codes import fitting_group
 from vlmexport.model.load import VLM, load_vlm
@@ -143,6 +143,22 @@ def test_fewer_images_than_a_picture_has_are_noted(model: tuple[VLM, Split]) -> 
     (note,) = plan_trt(*model, options(max_seq=64, max_images=2), RTX).notes
     assert note.startswith("--max-images 2 is fewer than the 6 images")
     assert plan_trt(*model, options(max_seq=64, max_images=6), RTX).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mask": "image_blocks", "extras": ("block_ids",)}, "its decoder takes block_ids beside embeddings"),
+        ({"extras": ("position_ids", "deepstack_embeds")}, "takes position_ids, deepstack_embeds beside embeddings"),
+    ],
+)
+def test_decoders_with_further_inputs_are_refused(
+    change: dict[str, object], words: str, model: tuple[VLM, Split]
+) -> None:
+    vlm, split = model
+    other = dataclasses.replace(split, merge=dataclasses.replace(split.merge, **change))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=words):
+        plan_trt(vlm, other, options(max_seq=64), RTX)
 
 
 def test_a_cache_longer_than_the_positions_is_refused(model: tuple[VLM, Split]) -> None:

@@ -14,7 +14,8 @@ _ACTIVATIONS = (1, 10)  # TensorProto.FLOAT, FLOAT16
 def with_float_cache(model: Any) -> None:
     """Take the quantization out of every GroupQueryAttention of the ONNX ``ModelProto``, in place.
 
-    The cache gets the activations' type, that of the first float input. A graph whose cache is not quantized stays as it is.
+    The cache gets the activations' type, that of the first float input. A graph whose cache is not quantized stays as
+    it is.
     """
     nodes = [node for graph in _graphs(model.graph) for node in graph.node if node.op_type == "GroupQueryAttention"]
     if not any([_unquantize(node) for node in nodes]):
