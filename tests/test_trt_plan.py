@@ -14,6 +14,7 @@ from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedMod
 from vlmexport.gpu import load_gpu
 from vlmexport.kept_codes import fitting_group
 from vlmexport.model.load import VLM, load_vlm
+from vlmexport.model.pictures import EachPicture
 from vlmexport.split.capture import split_model
 from vlmexport.split.parts import Split
 from vlmexport.trt_options import TrtOptions, trt_onnx_options, trt_scheme
@@ -150,9 +151,10 @@ def test_fewer_images_than_a_picture_has_are_noted(model: tuple[VLM, Split]) -> 
     [
         ({"mask": "image_blocks", "extras": ("block_ids",)}, "its decoder takes block_ids beside embeddings"),
         ({"extras": ("position_ids", "deepstack_embeds")}, "takes position_ids, deepstack_embeds beside embeddings"),
+        ({"pictures": EachPicture(1)}, "takes one picture of any size at a time"),
     ],
 )
-def test_decoders_with_further_inputs_are_refused(
+def test_models_that_engines_are_not_made_for_are_refused(
     change: dict[str, object], words: str, model: tuple[VLM, Split]
 ) -> None:
     vlm, split = model

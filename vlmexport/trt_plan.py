@@ -155,6 +155,11 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
             f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
             "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
         )
+    if split.merge.pictures is not None:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: its vision encoder takes one picture of any size at a time, and which sizes an "
+            "engine must take is not planned yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
     options = settle_options(vlm, split, options)
     if options.triton is not None and (refusal := triton_refusal(split)):
         raise BadInputError(refusal)
