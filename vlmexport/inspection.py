@@ -17,7 +17,7 @@ from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
 from vlmexport.quantize.scheme import make_scheme
 from vlmexport.target import Target, load_target, onnx_target_names, target_names
 from vlmexport.trt_options import TrtOptions, trt_onnx_options, trt_scheme
-from vlmexport.trt_plan import settle_options
+from vlmexport.trt_plan import check_split, settle_options
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
@@ -228,6 +228,7 @@ def _target_report(
     try:
         options = OnnxOptions(target=name)
         if target.runtime == "tensorrt":
+            check_split(vlm, split)
             options = settle_options(vlm, split, TrtOptions(trt_onnx_options(trt_scheme("int4")), gpu="")).onnx
         plan: ExportPlan = plan_export(vlm, split, target, options)
     except BadInputError as error:

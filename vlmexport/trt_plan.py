@@ -150,16 +150,7 @@ def plan_trt(vlm: VLM, split: Split, options: TrtOptions, rtx_version: str | Non
     fit the GPU's memory, or the cache is longer than the model's positions.
     """
     gpu, engines = check_trt_options(options, rtx_version)
-    if more := further_inputs(split):
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
-            "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
-        )
-    if split.merge.pictures is not None:
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: its vision encoder takes one picture of any size at a time, and which sizes an "
-            "engine must take is not planned yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
-        )
+    check_split(vlm, split)
     options = settle_options(vlm, split, options)
     if options.triton is not None and (refusal := triton_refusal(split)):
         raise BadInputError(refusal)
@@ -182,6 +173,20 @@ def _notes(images: int, usual: int) -> tuple[str, ...]:
         return ()
     few = f"--max-images {images} is fewer than the {usual} images that the processor makes of one usual picture"
     return (f"{few}; larger pictures will be refused by the engines",)
+
+
+def check_split(vlm: VLM, split: Split) -> None:
+    """Raise `UnsupportedModelError` for a model that ONNX Runtime gets and engines do not."""
+    if more := further_inputs(split):
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
+            "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
+    if split.merge.pictures is not None:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: its vision encoder takes one picture of any size at a time, and which sizes an "
+            "engine must take is not planned yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
 
 
 def further_inputs(split: Split) -> tuple[str, ...]:

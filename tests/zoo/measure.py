@@ -63,12 +63,16 @@ def _make(family: str, folder: Path) -> tuple[VLM, tuple[dict[str, torch.Tensor]
 
 
 def _gguf(family: str, vlm: VLM) -> Verdict:
+    """Proven by tests/families in llama.cpp itself, on checkpoints of their own; else what the plan says."""
+    refusal = None
     try:
         plan_gguf(vlm, GgufOptions(imatrix="none"))
     except VlmExportError as error:
-        return _refused(error)
-    proven = family in (*GGUF_FAMILIES, *_IN_LLAMA_CPP)
-    return {"state": "verified" if proven else "unproven", "reason": ""}
+        refusal = _refused(error)
+    if family in (*GGUF_FAMILIES, *_IN_LLAMA_CPP):
+        reason = "with a SigLIP encoder; CLIP is refused (ggml-org/llama.cpp#25814)" if family == "llava" else ""
+        return {"state": "verified", "reason": reason}
+    return refusal or {"state": "unproven", "reason": ""}
 
 
 def _onnx(zooed: Zooed, folder: Path) -> Artifact:
@@ -118,4 +122,4 @@ def largest(zooed: Zooed, artifact: Artifact) -> float:
 
 
 def _refused(error: Any) -> Verdict:
-    return {"state": "refused", "reason": str(error)}
+    return {"state": "refused", "reason": str(error).split("; known: ")[0]}
