@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import BadInputError
@@ -100,7 +100,6 @@ class _Subset(Mapping[str, "QuantizedTensor"]):
         return len(self._names)
 
 
-def kept_codes(kept: QuantizedCheckpoint, schemes: Mapping[str, QuantScheme]) -> Mapping[str, QuantizedTensor]:
-    """The checkpoint's codes of the weights whose scheme describes them; the others are to be rounded again."""
-    names = [n for n, f in kept.formats.items() if n in schemes and schemes[n] == codes_scheme(n, f)]
-    return _Subset(kept.codes, frozenset(names))
+def kept_codes(kept: QuantizedCheckpoint, requantized: Collection[str]) -> Mapping[str, QuantizedTensor]:
+    """The checkpoint's codes but those of the `requantized` weights, which are to be rounded again."""
+    return _Subset(kept.codes, frozenset(kept.codes) - frozenset(requantized)) if requantized else kept.codes

@@ -34,6 +34,7 @@ KVCache = Literal["same", "int8"]
 Prefill = Literal["same", "int8"]
 NUMPY_DTYPES = {"fp16": "float16", "fp32": "float32"}
 _BYTES = {"float16": 2, "float32": 4}
+_AGAIN = "rounded again (--requantize)"
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class ExportPlan:
     def schemes(self) -> dict[str, QuantScheme]:
         """The schemes of the weights to be quantized, by name."""
         return {w.name: w.scheme for w in self.weights if w.scheme is not None}
+
+    @property
+    def requantized(self) -> tuple[str, ...]:
+        """Weights whose codes of a quantized checkpoint are rounded again."""
+        return tuple(w.name for w in self.weights if w.scheme is not None and w.reason.startswith(_AGAIN))
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -401,9 +407,7 @@ class _Planner:
             if self.options.requantize:
                 words = kept.formats[name].words(per_channel=True)
                 sizes = self._target.quantization.group_sizes
-                return requantized_scheme(
-                    kept.formats[name], name, sizes
-                ), f"rounded again (--requantize), it came {words}"
+                return requantized_scheme(kept.formats[name], name, sizes), f"{_AGAIN}, it came {words}"
             raise BadInputError(
                 f"the codes of the {kept.method} checkpoint cannot be kept: {error}, which needs the original weights; "
                 f"{self._way_out()}"

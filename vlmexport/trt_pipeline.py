@@ -74,7 +74,13 @@ def export_trt(
     plan = plan_trt(vlm, split, options, version)
     with build_beside(out) as workspace, calibration_folder(out) as work:
         weights, calibrated = decoder_weights(
-            vlm, split, plan.export.schemes, calibration or CalibrationOptions(), work, progress
+            vlm,
+            split,
+            plan.export.schemes,
+            calibration or CalibrationOptions(),
+            work,
+            progress,
+            plan.export.requantized,
         )
         artifact, plan, built, warnings = _write(vlm, split, plan, weights, calibrated, workspace, progress)
         del weights, vlm, split  # the gate loads its own reference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,17 @@ def decoder_weights(
     options: CalibrationOptions,
     work: Path,
     progress: Progress,
+    requantized: Collection[str] = (),
 ) -> tuple[DecoderWeights, dict[str, Any] | None]:
     """The decoder's weights as they are to be stored, and what the manifest says of the calibration (None: none).
 
     `work` is a folder for finished layers; it may hold those of an interrupted run with the same inputs, and belongs to
-    the weights until they have been written.
+    the weights until they have been written. `requantized` are weights whose codes of a quantized checkpoint are not
+    kept.
     """
     tensors = weight_names(vlm.model, split.parts[Role.DECODER].module)
     if vlm.quantized is not None:
-        return DecoderWeights(tensors, schemes, kept_codes(vlm.quantized, schemes)), None
+        return DecoderWeights(tensors, schemes, kept_codes(vlm.quantized, requantized)), None
     if not any(scheme.calibrated for scheme in schemes.values()):
         return DecoderWeights(tensors, schemes), None
     from vlmexport.calibrate.loop import calibrate_decoder

@@ -69,5 +69,5 @@ def test_tensorrt_for_rtx_builds_the_graph(gemma3: Model, tmp_path: Path) -> Non
 
 
 def test_an_export_for_a_gpu_is_refused_for_now(gemma3: Model) -> None:
-    with pytest.raises(UnsupportedModelError, match="gemma3: tokens of an image or a prompt see each other"):
+    with pytest.raises(UnsupportedModelError, match="gemma3: its decoder takes block_ids beside embeddings"):
         plan_trt(gemma3.vlm, gemma3.split, TrtOptions(EXACT, "a10"), None)

@@ -104,7 +104,9 @@ def test_a_build_that_hangs_is_stopped(out: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_signal_ends_the_worker_and_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
     monkeypatch.setenv("FAKE_TRT", "hang")
     script = (
-        "from tests.lower.tensorrt.test_worker import run; from pathlib import Path; import sys\n"
+        "from tests.lower.tensorrt.test_worker import run; from pathlib import Path; import signal, sys\n"
+        # What a shell starts in the background ignores Ctrl-C, and so would everything below it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run(Path(sys.argv[1]))"
     )  # fmt: skip
     root = str(Path(__file__).parents[3])
