@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmexport.engines import TrtLimits
 from vlmexport.manifest import TensorSpec
+from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.split.parts import Part, Role, Signature, Split
 from vlmexport.trt_shapes import merge_refusal, triton_refusal, vision_axes
@@ -26,7 +27,7 @@ def split_of(inputs: dict[str, tuple[int | str, ...]], *sizes: dict[str, int], m
         role: Part(role, nn.Identity(), "", Signature(specs, ()), examples)
         for role in (Role.VISION_ENCODER, Role.PROJECTOR)
     }
-    return Split(parts, merge or MergeSpec(7), 0.0)
+    return Split(parts, merge or MergeSpec(7), 0.0, KVGeometry(2, 2, 32))
 
 
 def test_an_engine_takes_two_images_where_one_is_the_limit() -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmexport.checkpoint_conversion import check_conversion, conversion_schemes, most_common_scheme
 from vlmexport.errors import BadInputError
+from vlmexport.owners import OwnedParameter, owned_parameters
 from vlmexport.plan import (
-    OwnedParameter,
     WeightPlan,
     check_group_size,
     check_keep_patterns,
@@ -20,7 +20,6 @@ from vlmexport.plan import (
     layer_pattern,
     linear_weights,
     matches_pattern,
-    owned_parameters,
     quantized_bytes,
 )
 from vlmexport.plan_file import AutoLimit, QuantPlan

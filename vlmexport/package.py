@@ -122,7 +122,7 @@ def _quantization(kept: QuantizedCheckpoint) -> dict[str, Any]:
 
 
 def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Emitted) -> dict[str, Any]:
-    kv, cache_digest = vlm.facts.kv, emitted.cache_digest
+    cache_digest = emitted.cache_digest
     dtype = {"fp16": "float16", "fp32": "float32"}[plan.decoder_dtype]
     return {
         "architecture": vlm.facts.architecture,
@@ -130,9 +130,7 @@ def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Em
         "hidden_size": vlm.facts.hidden_size,
         "vocab_size": vlm.facts.vocab_size,
         "kv": {
-            "layers": kv.layers,
-            "heads": kv.heads,
-            "head_dim": kv.head_dim,
+            **split.kv.to_dict(),
             "dtype": "int8" if cache_digest else dtype,
             "bytes_per_token": plan.kv_bytes_per_token,
             **({"granularity": "per_channel", "scales_digest": cache_digest} if cache_digest else {}),

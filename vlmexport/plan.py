@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.kept_codes import check_kept, kept_scheme, requantized_scheme
+from vlmexport.owners import OwnedParameter, owned_parameters
 from vlmexport.prefill import check_prefill, prompt_bytes, prompt_schemes
 from vlmexport.quantize.advice import quantization_advice
 from vlmexport.quantize.blocks import block_size
@@ -249,6 +250,11 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     check_options(options, target)
     check_kept(vlm.quantized, options.scheme, named=options.scheme_named)
     _check_no_experts(vlm, split)
+    if options.kv_cache == "int8" and not split.kv.uniform:
+        raise BadInputError(
+            f"--kv-cache int8: the layers of {vlm.facts.model_type} keep different things from token to token; "
+            "choose --kv-cache same"
+        )
     planner = _Planner(vlm, target, options)
     owners = owned_parameters(vlm, split)
     check_keep_patterns(options.keep, [o.name for o in owners])
@@ -260,7 +266,7 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
         planner.encoder_dtype,
         planner.decoder_dtype,
         weights,
-        vlm.facts.kv.bytes_per_token(per_value),
+        split.kv.bytes_per_token(per_value),
     )
     if options.prefill == "same":
         return plan
@@ -286,45 +292,6 @@ def _check_no_experts(vlm: VLM, split: Split) -> None:
             f"{vlm.facts.model_type}: mixture-of-experts layers have no ONNX form yet ({name} holds {tensor.shape[0]} "
             "experts); `vlmexport quantize` writes a checkpoint of them"
         )
-
-
-@dataclass(frozen=True)
-class OwnedParameter:
-    """One parameter and the part it goes to; `used` is False when no graph needs it."""
-
-    name: str
-    role: str
-    tensor: torch.Tensor
-    used: bool = True
-
-
-def owned_parameters(vlm: VLM, split: Split) -> list[OwnedParameter]:
-    """Every parameter in the order of the parts; the embedding claims its table before the decoder around it."""
-    from vlmexport.split.names import weight_names
-    from vlmexport.split.parts import Role
-    from vlmexport.split.vision import part_parameter_names, unused_parameter_names
-
-    everything = dict(vlm.model.named_parameters(remove_duplicate=False))
-    vision, projector = split.parts[Role.VISION_ENCODER], split.parts[Role.PROJECTOR]
-    claims: list[tuple[Role, Iterable[str], bool]] = [
-        (Role.VISION_ENCODER, part_parameter_names(vision), True),
-        (Role.VISION_ENCODER, unused_parameter_names(vlm, vision, projector), False),
-        (Role.PROJECTOR, part_parameter_names(projector), True),
-        (Role.EMBEDDING, weight_names(vlm.model, split.parts[Role.EMBEDDING].module), True),
-        (Role.DECODER, weight_names(vlm.model, split.parts[Role.DECODER].module), True),
-    ]
-    owned: dict[str, OwnedParameter] = {}
-    for role, names, used in claims:
-        for name in names:
-            owned.setdefault(name, OwnedParameter(name, str(role), everything[name], used))
-    identities = {id(o.tensor) for o in owned.values()}
-    lost = [name for name, parameter in everything.items() if id(parameter) not in identities]
-    if lost:
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: weights that belong to no part, so an export would lose them: {lost[0]}{more}"
-        )
-    return list(owned.values())
 
 
 def check_keep_patterns(patterns: Iterable[str], names: list[str]) -> None:

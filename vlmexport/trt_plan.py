@@ -182,6 +182,11 @@ def check_split(vlm: VLM, split: Split) -> None:
             f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
             "does not hand on yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
         )
+    if not split.kv.uniform:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: the layers of its decoder keep different things from token to token, for which "
+            "engines have no cache yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
     if split.merge.pictures is not None:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: its vision encoder takes one picture of any size at a time, and which sizes an "

@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tests.families.tiny_gguf import FAMILIES as GGUF_FAMILIES
-from tests.zoo import gemma, qwen
-from tests.zoo.models import ZOO, make_zoo, zoo_examples
+from tests.zoo import registry
 from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
 from vlmexport.errors import UnsupportedModelError, VlmExportError
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.manifest import Artifact
-from vlmexport.model.load import VLM, load_vlm
+from vlmexport.model.load import VLM
 from vlmexport.plan import OnnxOptions
+from vlmexport.quantize.scheme import make_scheme
+from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.capture import split_model
+from vlmexport.split.names import weight_names
+from vlmexport.split.parts import Role
 from vlmexport.trt_options import TrtOptions, trt_onnx_options
 from vlmexport.trt_plan import plan_trt
 
@@ -34,32 +36,21 @@ TENSORRT_LIMIT = 1e-2
 # Families that tests/families runs in llama.cpp itself, beside those of tests/families/tiny_gguf.py.
 _IN_LLAMA_CPP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "lfm2_vl")
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-FAMILIES = tuple(sorted({*ZOO, *gemma.FAMILIES, *qwen.FAMILIES}))
+FAMILIES = tuple(registry.entries())
 
 
 def measure(family: str, folder: Path) -> dict[str, Verdict]:
     """The verdict of every target on a tiny checkpoint of `family`."""
-    vlm, examples = _make(family, folder / "model")
+    vlm, examples = registry.make(family, folder / "model")
     found = {"gguf": _gguf(family, vlm)}
     try:
         zooed = Zooed(vlm, split_model(vlm, examples), examples)
     except UnsupportedModelError as error:
         refused = _refused(error)
         return {"onnx": refused, "tensorrt": refused, **found}
-    found["onnx"] = _compared(zooed, lambda: _onnx(zooed, folder / "onnx"), ONNX_LIMIT)
+    found["onnx"] = _compared(zooed, lambda: _with_its_form(zooed, FLOATS, folder / "onnx"), ONNX_LIMIT)
     found["tensorrt"] = _compared(zooed, lambda: _tensorrt(zooed, folder / "trt"), TENSORRT_LIMIT)
     return found
-
-
-def _make(family: str, folder: Path) -> tuple[VLM, tuple[dict[str, torch.Tensor], ...]]:
-    if family in qwen.FAMILIES:
-        vlm = qwen.load_qwen(family, folder)
-        return vlm, qwen.prompts(vlm)
-    if family in gemma.FAMILIES:
-        vlm = load_vlm(str(gemma.make_gemma(family, folder)))
-        return vlm, gemma.gemma_examples(family, vlm.facts.image_token_id)
-    vlm = load_vlm(str(make_zoo(family, folder)))
-    return vlm, zoo_examples(family, vlm.model, vlm.facts.image_token_id)
 
 
 def _gguf(family: str, vlm: VLM) -> Verdict:
@@ -75,14 +66,14 @@ def _gguf(family: str, vlm: VLM) -> Verdict:
     return refusal or {"state": "unproven", "reason": ""}
 
 
-def _onnx(zooed: Zooed, folder: Path) -> Artifact:
+def _with_its_form(zooed: Zooed, options: OnnxOptions, folder: Path) -> Artifact:
     """The fast form of attention, or the standard one where the family has no other."""
     try:
-        return export(zooed, FLOATS, folder / "gqa")
+        return export(zooed, options, folder / "gqa")
     except UnsupportedModelError as error:
         if "--attention standard" not in str(error):
             raise
-    return export(zooed, dataclasses.replace(FLOATS, attention="standard"), folder / "standard")
+    return export(zooed, dataclasses.replace(options, attention="standard"), folder / "standard")
 
 
 def _tensorrt(zooed: Zooed, folder: Path) -> Artifact:
@@ -104,7 +95,11 @@ def _compared(zooed: Zooed, make: Callable[[], Artifact], limit: float) -> Verdi
 
 def largest(zooed: Zooed, artifact: Artifact) -> float:
     """The largest relative difference of features, and of logits through `STEPS` steps behind every example."""
-    ours, theirs = OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split)
+    return compared(zooed, OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split))
+
+
+def compared(zooed: Zooed, ours: OnnxRunner, theirs: TorchRunner) -> float:
+    """`largest`, for runners that are made already."""
     worst = 0.0
     for example in zooed.examples:
         pixels = {n: t.numpy() for n, t in example.items() if n not in _TEXT}
@@ -119,6 +114,27 @@ def largest(zooed: Zooed, artifact: Artifact) -> float:
             reference, logits = theirs.decode(token, cache), ours.decode(token, past)
             worst = max(worst, relative(logits, reference))
     return worst
+
+
+def int4_difference(zooed: Zooed, folder: Path) -> tuple[float, float]:
+    """Of an INT4 export, relative to PyTorch with the dequantized codes and to PyTorch with the original weights.
+
+    The second says that weights were quantized at all.
+    """
+    artifact = _with_its_form(zooed, dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32)), folder)
+    names = [member.name for record in artifact.manifest.quantized for member in record.members]
+    decoder = weight_names(zooed.vlm.model, zooed.split.parts[Role.DECODER].module)
+    weights = DecoderWeights(decoder, dict.fromkeys(names, make_scheme("rtn", group_size=32)))
+    ours, theirs = OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split)
+    example = zooed.examples[-1]
+    pixels = {n: t.numpy() for n, t in example.items() if n not in _TEXT}
+    wanted, mask = merged_inputs(theirs, [ModelInputs(example["input_ids"].numpy(), pixels)])
+    whole, _ = wanted.prefill(theirs, mask, 0)
+    with theirs.substituted({name: weights.quantized(name).dequantize() for name in names}):
+        rounded, _ = wanted.prefill(theirs, mask, 0)
+    logits, _ = wanted.prefill(ours, mask, 0)
+    assert np.isfinite(logits).all()
+    return relative(logits, rounded), relative(logits, whole)
 
 
 def _refused(error: Any) -> Verdict:

@@ -18,9 +18,14 @@ SIZES = (((8, 8),), ((4, 20),), ((12, 22), (10, 4)))
 Example = dict[str, torch.Tensor]
 
 
+def make_qwen(family: str, folder: Path, **more: Any) -> Path:
+    """Write a tiny checkpoint of `family` to `folder`."""
+    return _make_glm4v(folder) if family == "glm4v" else make_tiny_qwen(family, folder, **more)
+
+
 def load_qwen(family: str, folder: Path, **more: Any) -> VLM:
     """A tiny checkpoint of `family`, written to `folder` and loaded."""
-    return load_vlm(str(_make_glm4v(folder) if family == "glm4v" else make_tiny_qwen(family, folder, **more)))
+    return load_vlm(str(make_qwen(family, folder, **more)))
 
 
 def _make_glm4v(folder: Path) -> Path:

@@ -14,7 +14,8 @@ from vlmexport.calibrate.dataset import load_samples
 from vlmexport.calibrate.judge import Divergence, Judge, exchanged
 from vlmexport.calibrate.recipe import CalibrationOptions, resolve_recipe
 from vlmexport.errors import BadInputError
-from vlmexport.plan import check_group_size, head_weight_name, linear_weights, owned_parameters
+from vlmexport.owners import owned_parameters
+from vlmexport.plan import check_group_size, head_weight_name, linear_weights
 from vlmexport.progress import Progress
 from vlmexport.quantize.scheme import QuantScheme
 from vlmexport.quantize.weights import DecoderWeights

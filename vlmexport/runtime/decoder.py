@@ -19,7 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
-from vlmexport.model.kv import KVGeometry
+from vlmexport.model.kv import KVGeometry, present_name
 from vlmexport.runtime.protocol import (
     BATCH_AXIS,
     Array,
@@ -90,10 +90,10 @@ class DecoderSession:
         self.input_types = {i.name: NUMPY_TYPES[i.type] for i in session.get_inputs()}
         self.sequence_input = "inputs_embeds" if "inputs_embeds" in self.input_types else "input_ids"
         self.extra_shapes = {i.name: list(i.shape) for i in session.get_inputs() if i.name in BATCH_AXIS}
-        pairs = [(f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(kv.layers) for k in ("key", "value")]
-        self.present_of = dict(pairs)
+        self.kept = kv.pasts()
+        self.present_of = {past: present_name(past) for past in self.kept}
         self._check_contract()
-        self.kv_dtype = self.input_types[pairs[0][0]]
+        self.kv_dtype = self.input_types[next(iter(self.kept))]
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab_size, self.logits_dtype = static_width(logits), NUMPY_TYPES[logits.type]
 
@@ -171,8 +171,8 @@ class DecoderSession:
     def _new_cache(self, batch: int, capacity: int) -> SharedCache:
         bindings = tuple(session.io_binding() for session in self.sessions)
         cache = SharedCache(np.zeros(batch, np.int64), bindings, {}, capacity)
-        shape = (batch, self.kv.heads, capacity, self.kv.head_dim)
-        for past in self.present_of:
+        for past, kept in self.kept.items():
+            shape = (batch, kept.heads, capacity, kept.head_dim)
             self._bind(cache, past, self._value(np.zeros(shape, self.kv_dtype)))
         return cache
 
@@ -268,8 +268,8 @@ class DecoderSession:
         return checked(PART, "logits", logits.astype(np.float32, copy=False))
 
     def _empty_past(self, batch: int) -> dict[str, Array]:
-        shape = (batch, self.kv.heads, 0, self.kv.head_dim)
-        return {past: np.zeros(shape, self.kv_dtype) for past in self.present_of}
+        shapes = {past: (batch, kept.heads, 0, kept.head_dim) for past, kept in self.kept.items()}
+        return {past: np.zeros(shape, self.kv_dtype) for past, shape in shapes.items()}
 
 
 def static_width(logits: Any) -> int:

@@ -137,7 +137,7 @@ class OnnxRunner:
         kv, attention = self.model["kv"], self.model["attention"]
         if attention not in ("gqa", "standard", "static"):
             raise ArtifactError(f"{self.artifact.path}: attention {attention!r} is unknown; gqa, standard or static")
-        geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+        geometry = KVGeometry.from_dict(kv)
         device = _DEVICES.get(self.settings.provider, "cpu")
         if attention == "static":
             return StaticDecoder(session, geometry, device)

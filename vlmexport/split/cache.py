@@ -1,12 +1,14 @@
-"""What a decoder keeps from token to token: keys and values of one shape, or the model is refused."""
+"""What a decoder keeps from token to token, found by running it on a few tokens; what has no form is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.kv import KVGeometry, LayerKV
 from vlmexport.split.decoder import text_decoder
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 _TOKENS = 2
 
 
-def check_cache(vlm: VLM) -> None:
+def find_cache(vlm: VLM) -> KVGeometry:
     """Run the decoder on a few tokens and look at its cache.
 
     Raises `UnsupportedModelError` naming the first layer that keeps something else than keys and values
@@ -29,18 +31,27 @@ def check_cache(vlm: VLM) -> None:
     with torch.no_grad():
         decoder(inputs_embeds=embeds, past_key_values=past, use_cache=True)
     kinds: Any = getattr(decoder.config.get_text_config(), "layer_types", None) or [""] * kv.layers
+    found = []
     for index in range(kv.layers):
         layer = past.layers[index] if index < len(past.layers) else None
-        found = [getattr(layer, name, None) for name in ("keys", "values")]
         kind = f" ({kinds[index]})" if kinds[index] else ""
-        if any(not isinstance(tensor, torch.Tensor) for tensor in found):
-            raise UnsupportedModelError(
-                f"{family}: layer {index}{kind} of the decoder keeps no keys and values of its own but another state, "
-                "or shares another layer's; only decoders that keep them in every layer are supported yet"
-            )
-        shapes = [tuple(tensor.shape) for tensor in found if tensor is not None]
-        if any(shape != (1, kv.heads, _TOKENS, kv.head_dim) for shape in shapes):
-            raise UnsupportedModelError(
-                f"{family}: layer {index}{kind} of the decoder keeps keys and values of the shapes {shapes[0]} and "
-                f"{shapes[1]}, expected (1, {kv.heads}, {_TOKENS}, {kv.head_dim}) in every layer"
-            )
+        found.append(_layer_kv(f"{family}: layer {index}{kind}", layer))
+    if all(layer == LayerKV(kv.heads, kv.head_dim) for layer in found):
+        return kv
+    return dataclasses.replace(kv, per_layer=tuple(found))
+
+
+def _layer_kv(what: str, layer: Any) -> LayerKV:
+    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+    if any(not isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise UnsupportedModelError(
+            f"{what} of the decoder keeps no keys and values of its own but another state, "
+            "or shares another layer's; only decoders that keep them in every layer are supported yet"
+        )
+    keys, values = (tuple(tensor.shape) for tensor in tensors if tensor is not None)
+    if len(keys) != 4 or keys != values or (keys[0], keys[2]) != (1, _TOKENS):
+        raise UnsupportedModelError(
+            f"{what} of the decoder keeps keys and values of the shapes {keys} and {values}, expected "
+            f"(1, heads, {_TOKENS}, head dim) for both"
+        )
+    return LayerKV(keys[1], keys[3])

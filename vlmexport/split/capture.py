@@ -9,9 +9,10 @@ import torch
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
+from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.positions import AXES
-from vlmexport.split.cache import check_cache
+from vlmexport.split.cache import find_cache
 from vlmexport.split.decoder import (
     DecoderCall,
     DecoderPart,
@@ -52,9 +53,9 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     examples = processor_examples(vlm) if examples is None else examples
     calls = [capture_decoder_call(vlm.model, example) for example in examples]
     _refuse_nan(vlm, calls)
-    check_cache(vlm)
+    kv = find_cache(vlm)
     vision, projector = split_vision(vlm, examples)
-    decoder, merge, difference = split_decoder(vlm, examples, calls)
+    decoder, merge, difference = split_decoder(vlm, examples, calls, kv)
     made = zip(projector.examples, examples, strict=True)
     features = [packed_features(projector, projector.module(**inner), example) for inner, example in made]
     merge = dataclasses.replace(merge, packing=projector_packing(projector), pictures=projector_pictures(projector))
@@ -66,17 +67,20 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
         Role.EMBEDDING: _embedding_part(vlm, examples),
         Role.DECODER: decoder,
     }
-    return Split(parts, merge, difference)
+    return Split(parts, merge, difference, kv)
 
 
 def split_decoder(
-    vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...], calls: list[DecoderCall]
+    vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...], calls: list[DecoderCall], kv: KVGeometry | None = None
 ) -> tuple[Part, MergeSpec, float]:
     """The decoder part, how inputs are merged for it, and by how much it differs from the whole model's `calls`.
+
+    `kv` is what `find_cache` found (None: the cache is as the config says).
 
     Raises `UnsupportedModelError` as `split_model` does.
     """
     decoder = DecoderPart(text_decoder(vlm.model), vlm.model.get_output_embeddings())
+    decoder.kv = kv
     merge = with_deepstack(vlm, with_positions(vlm, _merge_spec(vlm, calls), examples, calls), calls)
     configure(decoder, merge)
     masks = find_masks(vlm, decoder, examples, calls)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.kv import KVGeometry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ class DecoderPart(nn.Module):
 
     `blocks` says how masks follow from blocks of tokens that see each other; None for causal masks. `logit_cap`: logits
     are ``cap * tanh(logits / cap)``; 0 for logits as the head gives them. `position_axes`: 3 for M-RoPE positions.
-    `deepstack_layers`: so many first layers get something added.
+    `deepstack_layers`: so many first layers get something added. `kv`: what it keeps from token to token; None where
+    that is what the config says.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class DecoderPart(nn.Module):
         super().__init__()
         self.position_axes = 1
         self.deepstack_layers = 0
+        self.kv: KVGeometry | None = None
         self.decoder = decoder
         self.head = head
         self.blocks = blocks

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from vlmexport.manifest import TensorSpec
+from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 
 if TYPE_CHECKING:
@@ -48,8 +49,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """A model taken apart: its parts by role, how they merge, and the largest replay difference that was measured."""
+    """A model taken apart: its parts by role, how they merge, and the largest replay difference that was measured.
+
+    `kv` is what its decoder keeps from token to token, as a run of it showed.
+    """
 
     parts: dict[Role, Part]
     merge: MergeSpec
     replay_difference: float
+    kv: KVGeometry

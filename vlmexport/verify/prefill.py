@@ -143,14 +143,13 @@ def _scaled(graph: Any, node: Any) -> str:
 
 
 def _feed(prompt: DecoderInputs, kv: KVGeometry, session: InferenceSession) -> dict[str, Array]:
-    past = np.zeros((1, kv.heads, 0, kv.head_dim), np.float32)
-    names = [f"past_key_values.{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
+    pasts = {name: np.zeros((1, kept.heads, 0, kept.head_dim), np.float32) for name, kept in kv.pasts().items()}
     given = {
         **prompt.mapped(lambda array: array.astype(np.float32)).extras,
         "inputs_embeds": prompt.embeds.astype(np.float32),
         "attention_mask": np.ones((1, prompt.length), np.int64),
         "num_logits_to_keep": np.array(1, np.int64),
-        **dict.fromkeys(names, past),
+        **pasts,
     }
     return {i.name: given[i.name] for i in session.get_inputs()}
 

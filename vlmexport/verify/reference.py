@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmexport.manifest import FOLDED_NAME, Artifact, Manifest, file_sha256
+from vlmexport.model.kv import KVGeometry
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.decoder import text_decoder
@@ -27,6 +28,12 @@ class Reference:
 
     vlm: VLM
     runner: TorchRunner
+
+    @property
+    def kv(self) -> KVGeometry:
+        """What its decoder keeps from token to token."""
+        split = self.runner.split
+        return self.vlm.facts.kv if split is None else split.kv
 
     def decoder_parameters(self) -> list[frozenset[str]]:
         """All names of each parameter that the decoder graph must hold; several names when it is tied.

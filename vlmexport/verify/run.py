@@ -258,7 +258,7 @@ def _judge(
 def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedTensor]:
     """Signatures, codes and accounting: what the files say before anything runs."""
     gate, artifact = run.gate, run.artifact
-    geometry = reference.vlm.facts.kv if reference else _manifest_geometry(artifact)
+    geometry = reference.kv if reference else _manifest_geometry(artifact)
     check_structure(gate, artifact, geometry)
     if artifact.manifest.layout == TENSORRT_LAYOUT:
         check_dialect(gate, artifact)
@@ -279,8 +279,7 @@ def _check_files(run: _Run, reference: Reference | None) -> dict[str, QuantizedT
 
 
 def _manifest_geometry(artifact: Artifact) -> KVGeometry:
-    kv = artifact.manifest.model["kv"]
-    return KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+    return KVGeometry.from_dict(artifact.manifest.model["kv"])
 
 
 def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
@@ -301,7 +300,7 @@ def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Decoder
     subjects = DecoderSubjects(run.exact, run.shipped, runner, lambda ids: rounded(reference.runner.embed(ids)))
     totals = check_lowering(run.gate, subjects, embeds, run.decoder_limits)
     if kv_cache.is_quantized(run.artifact):
-        geometry = reference.vlm.facts.kv
+        geometry = reference.kv
         if scales := kv_cache.check_scales(run.gate, run.artifact, geometry):
             kv_cache.check_kv_cache(run.gate, run.rounded, runner, scales, embeds, subjects.embed, run.exact_rel)
     _check_consistency(run, embeds)

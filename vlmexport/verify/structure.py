@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PREFILL_PART, Artifact, TensorSpec
-from vlmexport.model.kv import KVGeometry
+from vlmexport.model.kv import KVGeometry, LayerKV, present_name
 from vlmexport.split.parts import Role
 from vlmexport.verify.gates import Gate
 
@@ -58,11 +58,11 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
         return {"vision_features"}, {"image_features"}
     if role is Role.EMBEDDING:
         return {"input_ids"}, {"inputs_embeds"}
-    kinds = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
     further = artifact.manifest.model.get("merge", {}).get("extras", ())
     inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *further}
-    inputs |= {f"past_key_values.{k}" for k in kinds}
-    return inputs, {"logits", *(f"present.{k}" for k in kinds)}
+    inputs |= {*kv.pasts(), *(state.past for state in kv.states)}
+    outputs = {"logits", *map(present_name, kv.pasts()), *(state.present for state in kv.states)}
+    return inputs, outputs
 
 
 def _attention(artifact: Artifact) -> str:
@@ -129,13 +129,20 @@ def _static_dims_differ(one: TensorSpec, other: TensorSpec) -> bool:
 
 def _cache_faults(specs: dict[str, TensorSpec], kv: KVGeometry, dtype: str) -> list[str]:
     faults = []
+    kept: dict[str, LayerKV] = kv.pasts()
+    kept |= {present_name(past): layer for past, layer in kept.items()}
     for name, spec in specs.items():
         if not name.startswith(("past_key_values.", "present.")):
             continue
-        dims = spec.dims
-        good = len(dims) == _LAYER_DIMS and (dims[1], dims[3]) == (kv.heads, kv.head_dim)
+        if name not in kept:
+            faults.append(f"{name} is of a layer that keeps none")
+            continue
+        dims, layer = spec.dims, kept[name]
+        good = len(dims) == _LAYER_DIMS and (dims[1], dims[3]) == (layer.heads, layer.head_dim)
         if not good or (name.startswith("past") and dims[0] != "batch_size"):
-            faults.append(f"{name} has dims {list(dims)}, expected [batch_size, {kv.heads}, length, {kv.head_dim}]")
+            faults.append(
+                f"{name} has dims {list(dims)}, expected [batch_size, {layer.heads}, length, {layer.head_dim}]"
+            )
         if spec.dtype != dtype:
             faults.append(f"{name} is {spec.dtype}, the manifest's cache {dtype}")
     return faults

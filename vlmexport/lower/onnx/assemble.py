@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -16,11 +16,11 @@ from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.regions import cut_regions
 from vlmexport.lower.onnx.rotation import Rotations
 from vlmexport.lower.onnx.trace import TracedDecoder
+from vlmexport.lower.onnx.traced_values import linear_behind, linears_before, required, static, unrotated
 from vlmexport.lower.onnx.weights import typed_value
 from vlmexport.model.kv import KVGeometry
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class DecoderAssembler:
         """The activation type."""
         return self.linears.float_type
 
-    def hidden_states(self, inputs: dict[str, ir.Value], pasts: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+    def hidden_states(self, inputs: dict[str, ir.Value], pasts: dict[str, ir.Value]) -> ir.Value:
         """Emit all layers for the trace's `inputs`; the last hidden state ``[B, S, H]`` after the final norm."""
         graph = self.traced.graph
         for value in graph.inputs:
@@ -166,7 +166,7 @@ class DecoderAssembler:
         for layer, kind in enumerate(self.traced.kind_of):
             nodes = regions.templates[kind]
             if current is not None:
-                self.names[_required(nodes[0].inputs[0])] = current
+                self.names[required(nodes[0].inputs[0])] = current
             self._emit_all(nodes, f"layers.{layer}.", layer, kind, pasts)
             current = self._new(nodes[-1].outputs[0])
         if current is not None:
@@ -175,9 +175,7 @@ class DecoderAssembler:
         self._emit_all(regions.after, "after.", 0, 0, pasts)
         return self._new(graph.outputs[0])
 
-    def _emit_all(
-        self, nodes: list[ir.Node], prefix: str, layer: int, kind: int, pasts: list[tuple[ir.Value, ir.Value]]
-    ) -> None:
+    def _emit_all(self, nodes: list[ir.Node], prefix: str, layer: int, kind: int, pasts: dict[str, ir.Value]) -> None:
         self.place = (layer, kind)
         for node in nodes:
             if node.domain != DOMAIN:
@@ -197,12 +195,12 @@ class DecoderAssembler:
                 turned = self.rotations.emit(node, cast(self.tape, x, self.float_type), cos, sin)
                 self._define(node.outputs[0], turned, prefix)
             elif node.op_type == "Attention":
-                self._attention(node, prefix, layer, kind, pasts[layer])
+                self._attention(node, prefix, layer, kind, pasts)
             else:
                 raise ValueError(f"unknown neutral operator {node.op_type}")
 
     def _new(self, value: ir.Value | None) -> ir.Value:
-        value = _required(value)
+        value = required(value)
         if value.const_value is not None and value.producer() is None:
             return self._constant(value)
         if value in self.weights:
@@ -220,7 +218,7 @@ class DecoderAssembler:
 
     def _constant(self, value: ir.Value) -> ir.Value:
         if value not in self.constants:
-            tensor = _required(value.const_value)
+            tensor = required(value.const_value)
             if len(tensor.shape) > 1 and tensor.size > 64:
                 raise UnsupportedModelError(f"the decoder's trace holds the weight {value.name}, which no rule writes")
             made = ir.Tensor(tensor.numpy(), name=f"constant.{value.name}")
@@ -239,7 +237,7 @@ class DecoderAssembler:
 
     def _copy(self, node: ir.Node, prefix: str) -> None:
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "Reshape" and source in self.flat and len(_required(node.outputs[0].shape)) == 3:
+        if node.op_type == "Reshape" and source in self.flat and len(required(node.outputs[0].shape)) == 3:
             self.names[node.outputs[0]] = self.flat[source]  # [B, S, N, D] back to [B, S, N * D]: never left it
             return
         inputs = [None if v is None else self._new(v) for v in node.inputs]
@@ -297,18 +295,19 @@ class DecoderAssembler:
         normed.type, normed.shape = x.type, x.shape
         self._define(node.outputs[0], cast(self.tape, normed, self.float_type), prefix)
 
-    def _attention(self, node: ir.Node, prefix: str, layer: int, kind: int, past: tuple[ir.Value, ir.Value]) -> None:
-        query, key, value = (_required(v) for v in node.inputs)
+    def _attention(self, node: ir.Node, prefix: str, layer: int, kind: int, pasts: dict[str, ir.Value]) -> None:
+        past = pasts[f"past_key_values.{layer}.key"], pasts[f"past_key_values.{layer}.value"]
+        query, key, value = (required(v) for v in node.inputs)
         rotates = self._rotates(query, key)
-        query, key = _unrotated(query), _unrotated(key)
-        heads, head_dim = _static(query, 1), _static(query, 3)
+        query, key = unrotated(query), unrotated(key)
+        heads, head_dim = static(query, 1), static(query, 3)
         call = AttentionCall(
             query=cast(self.tape, self._new(query), self.float_type),
             key=cast(self.tape, self._new(key), self.float_type),
             value=cast(self.tape, self._new(value), self.float_type),
             packed=self._packed(node, layer, kind) if self.dialect.packs_qkv else None,
             heads=heads,
-            kv_heads=_static(key, 1),
+            kv_heads=static(key, 1),
             head_dim=head_dim,
             scale=node.attributes["scale"].as_float(),
             softcap=node.attributes["softcap"].as_float(),
@@ -319,7 +318,7 @@ class DecoderAssembler:
             layer=layer,
             key_weight=self._weight_behind(key, layer, kind),
             value_weight=self._weight_behind(value, layer, kind),
-            value_makers=tuple(self._linear_ref(n, layer, kind).weight for n in _linears_before(value)),
+            value_makers=tuple(self._linear_ref(n, layer, kind).weight for n in linears_before(value)),
         )
         result = self.dialect.attention(self.tape, call)
         self._present(result.present_key, past[0], f"present.{layer}.key")
@@ -328,33 +327,33 @@ class DecoderAssembler:
 
     def _rotates(self, query: ir.Value, key: ir.Value) -> bool:
         """Was the rotary embedding of this attention taken out? Refuses what does not rotate just before attention."""
-        marked = _unrotated(query) is not query, _unrotated(key) is not key
+        marked = unrotated(query) is not query, unrotated(key) is not key
         if marked[0] != marked[1]:
             raise UnsupportedModelError("an attention rotates its queries or its keys alone, which no operator does")
         return marked[0]
 
     def _present(self, present: ir.Value, past: ir.Value, name: str) -> None:
-        dims = list(_required(past.shape))
+        dims = list(required(past.shape))
         present.name, present.type = name, past.type
         present.shape = ir.Shape([*dims[:2], self.dialect.cache_lengths[1], dims[3]])
         self.presents.append(present)
 
     def _output(self, traced: ir.Value, flat: ir.Value, heads: int, head_dim: int, prefix: str) -> None:
         flat.name, flat.type = f"{prefix}{traced.name}.flat", ir.TensorType(self.float_type)
-        flat.shape = ir.Shape([*list(_required(traced.shape))[:2], heads * head_dim])
+        flat.shape = ir.Shape([*list(required(traced.shape))[:2], heads * head_dim])
         self.flat[traced] = flat
         shape = self.tape.initializer(ir.tensor([0, 0, heads, head_dim], name=f"{prefix}{traced.name}.shape"))
         self._define(traced, self.tape.op("Reshape", [flat, shape]), prefix)
 
     def _weight_behind(self, value: ir.Value, layer: int, kind: int) -> str | None:
-        linear = _linear_behind(value)
+        linear = linear_behind(value)
         return None if linear is None else self._linear_ref(linear, layer, kind).weight
 
     def _packed(self, node: ir.Node, layer: int, kind: int) -> ir.Value | None:
-        linears = [_linear_behind(_unrotated(_required(v))) for v in node.inputs]
+        linears = [linear_behind(unrotated(required(v))) for v in node.inputs]
         if any(n is None for n in linears):
             return None
-        nodes = [_required(n) for n in linears]
+        nodes = [required(n) for n in linears]
         if len({n.inputs[0] for n in nodes}) != 1:
             return None
         refs = tuple(self._linear_ref(n, layer, kind) for n in nodes)
@@ -381,15 +380,13 @@ def assemble_decoder(
     build = DecoderAssembler(traced, kv, dialect, linears)
     kind = linears.float_type
     inputs = _with_further_inputs(dialect.inputs(kind, hidden_size), traced, kind)
-    past_dims: list[int | str] = ["batch_size", kv.heads, dialect.cache_lengths[0], kv.head_dim]
-    pasts = [
-        (
-            typed_value(f"past_key_values.{i}.key", dialect.cache_type or kind, past_dims),
-            typed_value(f"past_key_values.{i}.value", dialect.cache_type or kind, past_dims),
+    pasts = {
+        name: typed_value(
+            name, dialect.cache_type or kind, ["batch_size", kept.heads, dialect.cache_lengths[0], kept.head_dim]
         )
-        for i in range(kv.layers)
-    ]
-    dialect.prologue(build.tape, inputs, pasts[0][0])
+        for name, kept in kv.pasts().items()
+    }
+    dialect.prologue(build.tape, inputs, next(iter(pasts.values())))
     embeds, positions = inputs["inputs_embeds"], dialect.positions(inputs)
     hidden = build.hidden_states({**inputs, "inputs_embeds": embeds, "position_ids": positions}, pasts)
     kept = dialect.kept_rows(build.tape, hidden, inputs)
@@ -403,14 +400,14 @@ def assemble_decoder(
     if not dialect.needs_position_ids:
         _take_sizes_from(embeds, positions)
         inputs.pop("position_ids", None)
-    return _model(build, [*inputs.values(), *(v for pair in pasts for v in pair)], [logits, *build.presents])
+    return _model(build, [*inputs.values(), *pasts.values()], [logits, *build.presents])
 
 
 def _with_further_inputs(inputs: dict[str, ir.Value], traced: TracedDecoder, kind: ir.DataType) -> dict[str, ir.Value]:
     """`inputs` with what the trace takes beside them: positions on three axes, what early layers add."""
     made = dict(inputs)
     for value in traced.graph.inputs:
-        dims = [d if isinstance(d, int) else str(d) for d in _required(value.shape)]
+        dims = [d if isinstance(d, int) else str(d) for d in required(value.shape)]
         if value.name == "position_ids" and len(dims) > 2 and "position_ids" in made:
             made["position_ids"].shape = ir.Shape(dims)
         elif value.name == "deepstack_embeds":
@@ -437,52 +434,3 @@ def _take_sizes_from(embeds: ir.Value, positions: ir.Value) -> None:
     for node, index in list(positions.uses()):
         if node.op_type == "Shape":
             node.replace_input_with(index, embeds)
-
-
-def _required(value: _T | None) -> _T:
-    if value is None:
-        raise ValueError("a value of the traced graph is missing")
-    return value
-
-
-def _static(value: ir.Value, axis: int) -> int:
-    size = _required(value.shape)[axis]
-    if not isinstance(size, int):
-        raise UnsupportedModelError(f"attention input {value.name} has no fixed size on axis {axis}")
-    return size
-
-
-def _unrotated(value: ir.Value) -> ir.Value:
-    """What was marked as rotated, or `value` itself."""
-    node = value.producer()
-    marked = node is not None and node.domain == DOMAIN and node.op_type == "Rotary"
-    return _required(node.inputs[0]) if node is not None and marked else value
-
-
-def _linears_before(value: ir.Value | None) -> list[ir.Node]:
-    """The Linears that `value` depends on through no other Linear."""
-    found: list[ir.Node] = []
-    waiting, seen = [value], set[ir.Node]()
-    while waiting:
-        value = waiting.pop()
-        node = value.producer() if value is not None else None
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.domain == DOMAIN and node.op_type == "Linear":
-            found.append(node)
-        else:
-            waiting.extend(node.inputs)
-    return found
-
-
-def _linear_behind(value: ir.Value | None) -> ir.Node | None:
-    """The Linear whose output `value` is, but for splitting it into heads ``[B, S, N*D] -> [B, N, S, D]``."""
-    transpose = value.producer() if value is not None else None
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    reshape = _required(transpose.inputs[0]).producer()
-    if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or reshape is None or reshape.op_type != "Reshape":
-        return None
-    linear = _required(reshape.inputs[0]).producer()
-    return linear if linear is not None and linear.domain == DOMAIN and linear.op_type == "Linear" else None

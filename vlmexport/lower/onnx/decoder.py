@@ -76,7 +76,7 @@ def lower_decoder(
     head = lm_head(vlm, module)
     dialect = choose_dialect(traced, linears, target, module.blocks)
     cap = module.logit_cap
-    graph = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
+    graph = assemble_decoder(traced, module.kv or vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
     return DecoderGraph(graph, linears, traced, _cache_scales(dialect))
 
 

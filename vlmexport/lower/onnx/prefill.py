@@ -93,7 +93,7 @@ def lower_prefill(
     )
     dialect = choose_dialect(traced, linears, target, module.blocks)
     cap = module.logit_cap
-    model = assemble_decoder(traced, vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
+    model = assemble_decoder(traced, module.kv or vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
     return PrefillGraph(model, linears, errors, blocked)
 
 

@@ -198,7 +198,7 @@ class TensorRtRunner:
         if missing := sorted({"prefill", "decode"} - steps.keys()):
             raise ArtifactError(f"{self.artifact.path}: no engine of the decoder has the profile {missing[0]!r}")
         kv = self.model["kv"]
-        geometry = KVGeometry(kv["layers"], kv["heads"], kv["head_dim"])
+        geometry = KVGeometry.from_dict(kv)
         return EngineDecoder(self._device, steps["prefill"], steps["decode"], geometry)
 
     def _outputs(self, part: str, inputs: Mapping[str, Array], *outputs: str) -> tuple[Array, ...]:
