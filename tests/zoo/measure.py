@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 
 from tests.families.tiny_gguf import FAMILIES as GGUF_FAMILIES
 from tests.zoo import registry
+from tests.zoo.entry import Example
 from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
 from vlmexport.errors import UnsupportedModelError, VlmExportError
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.gguf_plan import plan_gguf
+from vlmexport.lower.onnx import decoder
+from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.manifest import Artifact
 from vlmexport.model.load import VLM
 from vlmexport.plan import OnnxOptions
@@ -39,9 +46,64 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 FAMILIES = tuple(registry.entries())
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What is measured of one family: the `verdicts` by target, and what stands behind that of ONNX (None: refused).
+
+    `replay`: by how much its parts differ from the model. `int4`: see `int4_difference`. `image`: by how much the
+    logits change with the picture, relative to the largest.
+    """
+
+    verdicts: dict[str, Verdict]
+    replay: float | None = None
+    int4: tuple[float, float] | None = None
+    image: float | None = None
+
+
+def prove(family: str, folder: Path) -> Proof:
+    """Everything that is asked of one family, on one tiny checkpoint and one trace of each form of its decoder."""
+    vlm, examples = registry.make(family, folder / "model")
+    with _one_trace():
+        verdicts = _verdicts(family, vlm, examples, folder)
+        if verdicts["onnx"]["state"] == "refused":
+            return Proof(verdicts)
+        zooed = Zooed(vlm, split_model(vlm, examples), examples)
+        int4 = int4_difference(zooed, folder / "int4")
+    return Proof(verdicts, zooed.split.replay_difference, int4, image_effect(vlm, examples[-1]))
+
+
 def measure(family: str, folder: Path) -> dict[str, Verdict]:
     """The verdict of every target on a tiny checkpoint of `family`."""
     vlm, examples = registry.make(family, folder / "model")
+    return _verdicts(family, vlm, examples, folder)
+
+
+def image_effect(vlm: VLM, example: Example) -> float:
+    """Largest change of the logits, relative to the largest of them, when the picture is another one."""
+    name = next(n for n, tensor in example.items() if n not in _TEXT and tensor.is_floating_point())
+    other = torch.randn(example[name].shape, generator=torch.Generator().manual_seed(7))
+    given = {**example, name: torch.where(example[name] == 0, example[name], other)}
+    with torch.no_grad():
+        wanted, changed = (vlm.model(**inputs).logits.numpy() for inputs in (example, given))
+    return relative(changed, wanted)
+
+
+@contextmanager
+def _one_trace() -> Iterator[None]:
+    """Trace each form of a decoder once: exports that differ in their weights alone share it."""
+    traced: dict[tuple[int, bool, bool], TracedDecoder] = {}
+
+    def once(model: Any, part: Any, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
+        key = (id(part.decoder), fuse_rotary, repeat)
+        if key not in traced:
+            traced[key] = trace_decoder(model, part, fuse_rotary=fuse_rotary, repeat=repeat)
+        return traced[key]
+
+    with mock.patch.object(decoder, "trace_decoder", once):
+        yield
+
+
+def _verdicts(family: str, vlm: VLM, examples: tuple[Example, ...], folder: Path) -> dict[str, Verdict]:
     found = {"gguf": _gguf(family, vlm)}
     try:
         zooed = Zooed(vlm, split_model(vlm, examples), examples)
@@ -123,8 +185,8 @@ def int4_difference(zooed: Zooed, folder: Path) -> tuple[float, float]:
     """
     artifact = _with_its_form(zooed, dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32)), folder)
     names = [member.name for record in artifact.manifest.quantized for member in record.members]
-    decoder = weight_names(zooed.vlm.model, zooed.split.parts[Role.DECODER].module)
-    weights = DecoderWeights(decoder, dict.fromkeys(names, make_scheme("rtn", group_size=32)))
+    inside = weight_names(zooed.vlm.model, zooed.split.parts[Role.DECODER].module)
+    weights = DecoderWeights(inside, dict.fromkeys(names, make_scheme("rtn", group_size=32)))
     ours, theirs = OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split)
     example = zooed.examples[-1]
     pixels = {n: t.numpy() for n, t in example.items() if n not in _TEXT}

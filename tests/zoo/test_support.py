@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.zoo.measure import FAMILIES, measure
+from tests.zoo.measure import FAMILIES, ONNX_LIMIT, prove
 from vlmexport.cli.main import run
+from vlmexport.split.capture import REPLAY_LIMIT
 from vlmexport.support import STATES, TARGETS, support_markdown, support_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,4 +44,12 @@ def test_the_command_prints_states_and_reasons(capsys: Capture, tmp_path: Path) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_is_measured(family: str, tmp_path: Path) -> None:
     listed = {e.target: {"state": e.state, "reason": e.reason} for e in support_table() if e.family == family}
-    assert measure(family, tmp_path) == listed
+    proof = prove(family, tmp_path)
+    assert proof.verdicts == listed
+    if proof.int4 is None or proof.replay is None or proof.image is None:
+        assert listed["onnx"]["state"] == "refused"
+        return
+    assert proof.replay <= REPLAY_LIMIT
+    rounded, original = proof.int4
+    assert rounded <= ONNX_LIMIT < original
+    assert proof.image > 10 * ONNX_LIMIT
