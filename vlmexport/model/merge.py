@@ -17,7 +17,9 @@ from vlmexport.model.pictures import EachPicture
 class MergeSpec:
     """How the parts fit together around the decoder.
 
-    `place`: ``scatter`` replaces the embedding rows of the image tokens, in order, by the feature rows.
+    `place`: ``scatter`` replaces the embedding rows of the image tokens, in order, by the feature rows; ``add`` adds
+    them to those. `fixed_tokens`: in a prompt with images the embeddings of these tokens are replaced by fixed rows,
+    the last ones of what the projector gives, one for each (`model/placing.py`).
     `position`: ``1d`` counts positions from `position_start`; ``mrope`` gives each token three (`model/positions.py`),
     for image tokens by their patch grid, of which `spatial_merge_size` x `spatial_merge_size` patches are one token.
     `mask`: ``causal`` for all tokens; with ``image_blocks`` and ``prefix`` blocks of tokens see each other, which the
@@ -30,7 +32,7 @@ class MergeSpec:
     """
 
     image_token_id: int
-    place: Literal["scatter"] = "scatter"
+    place: Literal["scatter", "add"] = "scatter"
     position: Literal["1d", "mrope"] = "1d"
     position_start: int = 0
     mask: MaskKind = "causal"
@@ -39,6 +41,7 @@ class MergeSpec:
     pictures: EachPicture | None = None
     spatial_merge_size: int = 1
     deepstack_layers: int = 0
+    fixed_tokens: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON data."""
@@ -55,6 +58,7 @@ class MergeSpec:
             **{
                 **data,
                 "extras": tuple(data.get("extras", ())),
+                "fixed_tokens": tuple(data.get("fixed_tokens", ())),
                 "packing": None if packing is None else AnyRes.from_dict(packing),
                 "pictures": None if pictures is None else EachPicture(**pictures),
             }

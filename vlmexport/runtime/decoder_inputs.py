@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vlmexport.errors import BadInputError
 from vlmexport.model.blocks import block_ids
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.placing import joined_features
 from vlmexport.model.positions import prompt_positions
 from vlmexport.runtime.protocol import (
     BATCH_AXIS,
@@ -110,7 +111,7 @@ def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequen
     """`merged_inputs` of image features that are made already, for each prompt with images in order."""
     spec = runner.merge_spec
     ids, mask = pad_right([item.input_ids for item in batch], 0 if spec.image_token_id else 1)
-    joined = np.concatenate(features) if features else None
+    joined = joined_features(spec, features)
     embeds = runner.embed(ids)
     return DecoderInputs(merge(spec, embeds, ids, joined), further_inputs(spec, batch, embeds, ids, joined)), mask
 

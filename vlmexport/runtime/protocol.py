@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError, VlmExportError
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.placing import place_features
 
 Array = NDArray[Any]
 # What a vision encoder hands to its projector: one tensor, or several in the order of the graph's outputs.
@@ -117,25 +118,8 @@ class Runner(Protocol):
 
 
 def merge(spec: MergeSpec, inputs_embeds: Array, input_ids: NDArray[np.int64], image_features: Array | None) -> Array:
-    """Put image features into the rows of the image tokens, in order; other rows are unchanged.
-
-    The result has the wider of the two dtypes; of a feature row, its first ``hidden`` values. Raises `BadInputError`
-    when the numbers of image tokens and of feature rows differ, or their width is wrong, naming both.
-    """
-    places = input_ids == spec.image_token_id
-    tokens, rows = int(places.sum()), 0 if image_features is None else len(image_features)
-    if tokens != rows:
-        raise BadInputError(f"the prompt has {tokens} image tokens (id {spec.image_token_id}) but {rows} feature rows")
-    if image_features is None or not rows:
-        return inputs_embeds
-    hidden = inputs_embeds.shape[2]
-    if image_features.shape[1] != hidden * (1 + spec.deepstack_layers):
-        raise BadInputError(
-            f"a feature row has {image_features.shape[1]} values, not {1 + spec.deepstack_layers} times {hidden}"
-        )
-    merged = inputs_embeds.astype(np.result_type(inputs_embeds.dtype, image_features.dtype))
-    merged[places] = image_features[:, :hidden]
-    return merged
+    """Put image features into their places; see `vlmexport.model.placing.place_features`."""
+    return place_features(spec, inputs_embeds, input_ids, image_features)
 
 
 def pad_right(rows: Sequence[NDArray[np.int64]], pad_id: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -28,6 +28,7 @@ from vlmexport.runtime.protocol import (
 from vlmexport.split.decoder import DecoderPart, text_decoder
 from vlmexport.split.deepstack import deepstack_added
 from vlmexport.split.features import feature_rows, find_feature_call
+from vlmexport.split.places import fixed_rows
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -83,8 +84,9 @@ class TorchRunner:
         """Image features ``[image_tokens, hidden]`` by the model's own ``get_image_features``."""
         tensors = {name: self._tensor(array) for name, array in pixel_inputs.items()}
         ask = find_feature_call(self.model, self.merge_spec.image_token_id, tensors)
-        out = self._call(ask, tensors)
-        return _array(feature_rows(out, self.merge_spec.deepstack_layers))
+        rows = feature_rows(self._call(ask, tensors), self.merge_spec.deepstack_layers)
+        fixed = fixed_rows(self._part("projector").module) if self.merge_spec.fixed_tokens else None
+        return _array(rows if fixed is None else torch.cat([rows, fixed.to(rows.dtype)]))
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""

@@ -11,6 +11,7 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.split.cache import find_cache
 from vlmexport.split.decoder import (
@@ -23,8 +24,9 @@ from vlmexport.split.decoder import (
 )
 from vlmexport.split.examples import processor_examples
 from vlmexport.split.masks import SeenMasks, find_masks
-from vlmexport.split.names import module_path
+from vlmexport.split.per_layer import embedding_part, per_layer_spec, with_per_layer
 from vlmexport.split.parts import Part, Role, Signature, Split
+from vlmexport.split.places import find_places, fixed_rows, merged_embeddings
 from vlmexport.split.positions import (
     configure,
     deepstack_arguments,
@@ -59,12 +61,14 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     made = zip(projector.examples, examples, strict=True)
     features = [packed_features(projector, projector.module(**inner), example) for inner, example in made]
     merge = dataclasses.replace(merge, packing=projector_packing(projector), pictures=projector_pictures(projector))
+    merge, projector = find_places(vlm, merge, projector, examples, calls, features)
     for example, call, rows in zip(examples, calls, features, strict=True):
-        difference = max(difference, _merge_difference(vlm, merge, example, call, rows))
+        fixed = fixed_rows(projector.module)
+        difference = max(difference, _merge_difference(vlm, merge, example, call, rows, fixed))
     parts = {
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
-        Role.EMBEDDING: _embedding_part(vlm, examples),
+        Role.EMBEDDING: embedding_part(vlm, text_decoder(vlm.model), examples, calls),
         Role.DECODER: decoder,
     }
     return Split(parts, merge, difference, kv)
@@ -82,6 +86,7 @@ def split_decoder(
     decoder = DecoderPart(text_decoder(vlm.model), vlm.model.get_output_embeddings())
     decoder.kv = kv
     merge = with_deepstack(vlm, with_positions(vlm, _merge_spec(vlm, calls), examples, calls), calls)
+    merge = with_per_layer(merge, calls)
     configure(decoder, merge)
     masks = find_masks(vlm, decoder, examples, calls)
     decoder.blocks, decoder.logit_cap = masks.blocks, find_logit_cap(decoder, calls[-1])
@@ -111,7 +116,7 @@ def _merge_spec(vlm: VLM, calls: list[DecoderCall]) -> MergeSpec:
     family = vlm.facts.model_type
     start = _first_position(calls[0])
     for call in calls:
-        if unknown := sorted(call.extras.keys() - deepstack_arguments(call)):
+        if unknown := sorted(call.extras.keys() - deepstack_arguments(call) - {PER_LAYER}):
             raise UnsupportedModelError(
                 f"{family}: the decoder also takes {', '.join(unknown)}; only families whose image features replace "
                 "token embeddings, or are added to those of early layers, are supported yet"
@@ -132,21 +137,19 @@ def _first_position(call: DecoderCall) -> int:
 
 
 def _merge_difference(
-    vlm: VLM, merge: MergeSpec, example: dict[str, torch.Tensor], call: DecoderCall, features: torch.Tensor
+    vlm: VLM,
+    merge: MergeSpec,
+    example: dict[str, torch.Tensor],
+    call: DecoderCall,
+    features: torch.Tensor,
+    fixed: torch.Tensor | None,
 ) -> float:
-    ids = example["input_ids"]
-    with torch.no_grad():
-        embeds = vlm.model.get_input_embeddings()(ids).clone()
-    places = ids == merge.image_token_id
-    tokens, rows = int(places.sum()), features.shape[0]
-    if tokens != rows:
-        raise UnsupportedModelError(f"{vlm.facts.model_type}: {tokens} image tokens in the prompt, {rows} feature rows")
-    hidden = embeds.shape[-1]
-    embeds[places] = features[:, :hidden].to(embeds.dtype)
+    embeds = merged_embeddings(vlm, merge, example, features, fixed)
     difference = _refuse_difference(vlm, "merged embeddings", embeds, call.kwargs["inputs_embeds"])
     if not merge.deepstack_layers:
         return difference
-    added = features[:, hidden:].reshape(rows, merge.deepstack_layers, hidden).transpose(0, 1)
+    hidden, places = embeds.shape[-1], example["input_ids"] == merge.image_token_id
+    added = features[:, hidden:].reshape(len(features), merge.deepstack_layers, hidden).transpose(0, 1)
     wanted = dense_deepstack(call)[:, places]
     return max(difference, _refuse_difference(vlm, "features of early layers", added, wanted))
 
@@ -167,16 +170,6 @@ def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.T
     return difference
 
 
-def _embedding_part(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Part:
-    table = vlm.model.get_input_embeddings()
-    signature = Signature(
-        (TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),),
-        (TensorSpec("inputs_embeds", "float32", ("batch_size", "sequence_length", vlm.facts.hidden_size)),),
-    )
-    ids = tuple({"input_ids": e["input_ids"]} for e in examples)
-    return Part(Role.EMBEDDING, table, module_path(vlm.model, table) + ".", signature, ids)
-
-
 def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall], masks: SeenMasks, merge: MergeSpec) -> Part:
     hidden, vocab = vlm.facts.hidden_size, vlm.facts.vocab_size
     tokens = ("batch_size", "sequence_length")
@@ -184,6 +177,7 @@ def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall], mask
         "position_ids": TensorSpec("position_ids", "int64", (AXES, *tokens)),
         "deepstack_embeds": TensorSpec("deepstack_embeds", "float32", (merge.deepstack_layers, *tokens, hidden)),
         "block_ids": TensorSpec("block_ids", "int64", tokens),
+        **per_layer_spec(decoder.decoder),
     }
     signature = Signature(
         (

@@ -303,18 +303,20 @@ class _Call:
 
 def _record_call(vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Example) -> _Call:
     """Run the vision side once and keep what reached the projector and what the model made of it."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = projector.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
+    seen: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    handle = projector.register_forward_hook(lambda _m, a, k, out: seen.append((a, k, out)), with_kwargs=True)
     try:
         with torch.no_grad(), deepstack_seen(vlm.model) as deepstack:
             features = flat_features(vlm, ask(inputs))
     finally:
         handle.remove()
-    if len(seen) != 1:
+    # A table of features may be read again for something else, which has rows of its own.
+    made = [isinstance(out, torch.Tensor) and _same_rows(out, features) for _, _, out in seen]
+    if len(seen) != 1 and made != [True, *(False for _ in seen[1:])]:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: the projector ran {len(seen)} times for one prompt, expected 1"
         )
-    form, tensors = ProjectorCall.of(*seen[0])
+    form, tensors = ProjectorCall.of(*seen[0][:2])
     return _Call(form, (*tensors, *deepstack), torch.cat([features, *deepstack], dim=1) if deepstack else features)
 
 

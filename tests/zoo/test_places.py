@@ -1,0 +1,103 @@
+"""Families whose features are added, or that replace the embeddings of further tokens, from the split to ONNX Runtime.
+
+`tests/zoo/test_proof.py` measures what all families have in common; here is what puts features in their places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.zoo import registry
+from tests.zoo.measure import _TEXT
+from tests.zoo.places import MARKS
+from tests.zoo.proof import FLOATS, Zooed, export, relative
+from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.model.merge import MergeSpec
+from vlmexport.model.placing import joined_features, place_features
+from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.ort import OnnxRunner
+from vlmexport.runtime.protocol import ModelInputs
+from vlmexport.runtime.torch import TorchRunner
+from vlmexport.split import places
+from vlmexport.split.capture import split_model
+
+
+def take_apart(family: str, folder: Path) -> Zooed:
+    vlm, examples = registry.make(family, folder)
+    return Zooed(vlm, split_model(vlm, examples), examples)
+
+
+def inputs_of(example: dict[str, torch.Tensor]) -> ModelInputs:
+    return ModelInputs(example["input_ids"].numpy(), {n: t.numpy() for n, t in example.items() if n not in _TEXT})
+
+
+def test_features_are_added_to_the_embeddings_or_replace_them() -> None:
+    embeds, ids = np.ones((1, 3, 2), np.float32), np.array([[5, 7, 5]])
+    features = np.array([[2.0, 3.0]], np.float32)
+    assert place_features(MergeSpec(7), embeds, ids, features)[0].tolist() == [[1, 1], [2, 3], [1, 1]]
+    assert place_features(MergeSpec(7, place="add"), embeds, ids, features)[0].tolist() == [[1, 1], [3, 4], [1, 1]]
+
+
+def test_fixed_rows_replace_their_tokens_where_there_are_images() -> None:
+    spec = MergeSpec(7, fixed_tokens=(5, 9))
+    embeds, ids = np.ones((2, 3, 1), np.float32), np.array([[5, 7, 9], [5, 5, 9]])
+    features = np.array([[2.0], [3.0], [4.0]], np.float32)
+    assert place_features(spec, embeds, ids, features)[:, :, 0].tolist() == [[3, 2, 4], [1, 1, 1]]
+    joined = joined_features(spec, [features, features + [[1], [0], [0]]])
+    assert joined is not None and joined[:, 0].tolist() == [2, 3, 3, 4]
+    assert joined_features(spec, []) is None
+    assert MergeSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(BadInputError, match="the prompt has 1 image tokens .id 7. but 2 feature rows"):
+        place_features(spec, embeds[:1], ids[:1], np.ones((4, 1), np.float32))
+
+
+@pytest.mark.slow
+def test_marks_of_a_visual_vocabulary_get_its_rows(tmp_path: Path) -> None:
+    zooed = take_apart("ovis2", tmp_path / "model")
+    merge = zooed.split.merge
+    assert (merge.place, merge.fixed_tokens) == ("scatter", MARKS[:5])
+    assert zooed.split.replay_difference <= 1e-5
+    _check_export(zooed, tmp_path / "onnx")
+
+
+def _check_export(zooed: Zooed, folder: Path) -> None:
+    """What the runner makes of each example is what reached the decoder, and its logits are the whole model's."""
+    ours = OnnxRunner(export(zooed, FLOATS, folder), threads=1, exact=True)
+    theirs = TorchRunner(zooed.vlm, zooed.split)
+    for example in zooed.examples:
+        item = inputs_of(example)
+        (found, mask), (wanted, _) = (merged_inputs(runner, [item]) for runner in (ours, theirs))
+        given = wanted.embeds != theirs.embed(item.input_ids)  # the table of text is stored in float16
+        assert given.any()
+        assert relative(found.embeds[given], wanted.embeds[given]) <= 1e-4
+        with torch.no_grad():
+            whole = zooed.vlm.model(**example).logits.numpy()
+        assert relative(wanted.prefill(ours, mask, 0)[0], whole) <= 1e-4
+
+
+@pytest.mark.slow
+def test_rows_that_are_in_no_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, examples = registry.make("ovis2", tmp_path)
+    monkeypatch.setattr(places, "_rows_of", lambda *_args: None)
+    with pytest.raises(UnsupportedModelError, match=r"tokens \[3, 4, 5, 6, 7\] are replaced .* in no table"):
+        split_model(vlm, examples)
+
+
+@pytest.mark.slow
+def test_a_place_that_is_not_the_models_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, examples = registry.make("ovis2", tmp_path)
+    find = places.find_places
+
+    def wrong(*args: Any) -> Any:
+        merge, projector = find(*args)
+        return dataclasses.replace(merge, fixed_tokens=merge.fixed_tokens[::-1]), projector
+
+    monkeypatch.setattr("vlmexport.split.capture.find_places", wrong)
+    with pytest.raises(UnsupportedModelError, match="ovis2: the replayed merged embeddings differ"):
+        split_model(vlm, examples)
