@@ -172,8 +172,9 @@ def _kv_geometry(model_type: str, text: Any) -> KVGeometry:
     layers = getattr(text, "num_hidden_layers", None)
     if not heads or not layers:
         raise UnsupportedModelError(f"{model_type}: the text config names no attention heads or layers")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return KVGeometry(layers, getattr(text, "num_key_value_heads", None) or heads, head_dim)
+    first = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
+    head_dim = getattr(first, "head_dim", None) or text.hidden_size // heads
+    return KVGeometry(layers, getattr(first, "num_key_value_heads", None) or heads, head_dim)
 
 
 def _eos_token_ids(model: PreTrainedModel, text: Any) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.kv import KVGeometry
+from vlmexport.model.per_token import PER_LAYER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,16 +57,19 @@ class DecoderPart(nn.Module):
         position_ids: torch.Tensor | None = None,
         deepstack_embeds: torch.Tensor | None = None,
         block_ids: torch.Tensor | None = None,
+        per_layer_inputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of all positions, for a right-padded or unpadded batch.
 
         `position_ids` int64 ``[3, B, S]`` for M-RoPE, `deepstack_embeds` ``[layers, B, S, H]``, and `block_ids` int64
         ``[B, S]`` for a part with `blocks` (`vlmexport.model.blocks`); without them everything is as for text.
+        `per_layer_inputs` ``[B, S, layers, width]`` are for a decoder that takes them, which needs them always.
         """
         from vlmexport.split.deepstack import deepstack_added
 
         mask = self.masks(attention_mask, block_ids, inputs_embeds)
         given = {} if position_ids is None else {"position_ids": position_ids}
+        given |= {} if per_layer_inputs is None else {PER_LAYER: per_layer_inputs}
         with deepstack_added(self.decoder, deepstack_embeds):
             out = self.decoder(inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, **given)
         return self.logits(out.last_hidden_state)
@@ -103,16 +107,13 @@ class DecoderCall:
 def text_decoder(model: PreTrainedModel) -> Any:
     """The module of `model` that makes the last hidden states: its decoder, without the LM head that that may have.
 
-    Raises `UnsupportedModelError` for a language model that has an encoder of its own.
+    Of an encoder-decoder the decoder alone.
     """
     decoder: Any = model.get_decoder()
-    if decoder.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{model.config.model_type}: its language model ({decoder.config.model_type}) is an encoder-decoder; only "
-            "decoder-only language models can be exported"
-        )
-    while decoder.get_output_embeddings() is not None and decoder.get_decoder() is not decoder:
-        decoder = decoder.get_decoder()
+    while (inner := decoder.get_decoder()) is not decoder:
+        if decoder.get_output_embeddings() is None and not decoder.config.is_encoder_decoder:
+            break
+        decoder = inner
     return decoder
 
 

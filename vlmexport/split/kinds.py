@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from vlmexport.split.attention import attention_implementation, plain_attention
 from vlmexport.split.layers import layer_kinds
+from vlmexport.split.per_layer import text_arguments
 
 _PROBE_TOKENS = 8
 _SCALARS = (int, float, bool, str, type(None))
@@ -30,7 +31,7 @@ def proven_kinds(decoder: Any, layers: nn.ModuleList) -> tuple[int, ...]:
     handles = [layer.register_forward_hook(watch.compare, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), attention_implementation(decoder, "vlmexport_kinds", watch.attend):
-            decoder(inputs_embeds=embeds, use_cache=False)
+            decoder(inputs_embeds=embeds, use_cache=False, **text_arguments(decoder, 1, _PROBE_TOKENS))
     finally:
         for handle in handles:
             handle.remove()

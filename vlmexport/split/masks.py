@@ -185,10 +185,18 @@ def _layers_by_mask(family: str, looked: dict[int, _Seen], named: dict[str, torc
     """What reached the layers that take the mask of each name; they must agree."""
     layers: dict[str, _Seen] = {}
     for layer, seen in looked.items():
-        names = [name for name, mask in named.items() if mask is seen.mask]
-        if not names or layers.setdefault(names[0], seen) != seen:
+        name = next((name for name, mask in named.items() if _same_memory(mask, seen.mask)), None)
+        if name is None:
+            raise _refusal(family, f"layer {layer}")
+        whole = dataclasses.replace(seen, mask=named[name])
+        if layers.setdefault(name, whole) != whole:
             raise _refusal(family, f"layer {layer}")
     return layers
+
+
+def _same_memory(mask: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Is `other` the tensor `mask`, or a view of all of it?"""
+    return mask is other or (other is not None and mask.data_ptr() == other.data_ptr() and mask.shape == other.shape)
 
 
 def _blocks(vlm: VLM, kind: MaskKind, example: dict[str, torch.Tensor]) -> torch.Tensor:

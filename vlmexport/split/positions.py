@@ -12,6 +12,7 @@ import torch
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES, GRID, prompt_positions
 from vlmexport.split.decoder import DecoderCall, DecoderPart
 
@@ -84,6 +85,7 @@ def further_inputs(merge: MergeSpec, call: DecoderCall) -> dict[str, torch.Tenso
     makers: dict[str, Callable[[], torch.Tensor]] = {
         "position_ids": lambda: call.kwargs["position_ids"],
         "deepstack_embeds": lambda: dense_deepstack(call),
+        PER_LAYER: lambda: call.kwargs[PER_LAYER],
     }
     return {name: makers[name]() for name in merge.extras if name in makers}
 
