@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +18,26 @@ from vlmexport.errors import NotPossibleHereError
 if TYPE_CHECKING:
     from vlmexport.verify.result import ParityReport
 
+_PERCENT = 100
+
+
+class Share(click.ParamType):
+    """A share of 0 or more: ``5%`` or ``0.05``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share as a number; anything else is bad usage."""
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (_PERCENT if text.endswith("%") else 1)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            self.fail(f"{text!r} is not a share; give 5% or 0.05", param, ctx)
+        return number
+
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -24,6 +45,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     epilog=example(
         "vlmexport verify demo-int4",
         "vlmexport verify demo-int4 --junit gate.xml --html gate.html",
+        "vlmexport verify demo-int4 --baseline baseline.json --max-regression 5%",
         "vlmexport verify model-Q4_K_M.gguf --mmproj mmproj-model-f16.gguf --model MODEL",
     ),
     short_help="Prove an export equal to the model it was made from.",
@@ -42,6 +64,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--junit", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write JUnit XML.")
 @click.option("--html", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write a page with plots.")
 @click.option(
+    "--baseline", type=_FILE, default=None, metavar="FILE", show_default="none",
+    help="An earlier report of `verify --json`: fail where a number became worse.",
+)  # fmt: skip
+@click.option(
+    "--max-regression", type=Share(), default="5%", metavar="SHARE", show_default=True,
+    help="By how much a number may be worse than the baseline's: `5%` or `0.05`.",
+)  # fmt: skip
+@click.option(
     "--allow-not-run", is_flag=True, show_default="off", help="Exit 0 although a check could not run on this machine."
 )
 @trust_option
@@ -55,14 +85,20 @@ def command(
     samples: Path | None,
     junit: Path | None,
     html: Path | None,
+    baseline: Path | None,
+    max_regression: float,
     allow_not_run: bool,
     trust_remote_code: bool,
 ) -> None:
     """Prove the export in DIR, or a pair of GGUF files of any tool, equal to the model it was made from.
 
     Two questions are judged apart: the error of the lowering, and the loss of the quantization.
+    With --baseline also: is it worse than it was?
     Exit codes: 3 when a check failed, 4 when something asked for could not run.
     """
+    from vlmexport.verify.baseline import against_baseline, read_baseline
+
+    earlier = None if baseline is None else read_baseline(baseline)
     with session.progress() as progress:
         report = api.verify_artifact(
             artifact,
@@ -73,6 +109,8 @@ def command(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
+    if earlier is not None:
+        report = against_baseline(report, earlier, max_regression)
     session.write_json(report.to_dict())
     write_reports(report, junit, html)
     print_and_judge(report, session.console())
