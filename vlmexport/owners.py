@@ -38,6 +38,7 @@ def owned_parameters(vlm: VLM, split: Split) -> list[OwnedParameter]:
         (Role.VISION_ENCODER, unused_parameter_names(vlm, vision, projector), False),
         (Role.PROJECTOR, part_parameter_names(projector), True),
         (Role.EMBEDDING, weight_names(vlm.model, split.parts[Role.EMBEDDING].module), True),
+        *((role, part_parameter_names(part), True) for role, part in split.parts.items() if role is Role.ENCODER),
         (Role.DECODER, weight_names(vlm.model, split.parts[Role.DECODER].module), True),
     ]
     owned: dict[str, OwnedParameter] = {}

@@ -10,7 +10,8 @@ import torch
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.load import load_vlm
-from vlmexport.split.capture import REPLAY_LIMIT, split_model
+from vlmexport.split.capture import split_model
+from vlmexport.split.difference import REPLAY_LIMIT
 from vlmexport.split.names import weight_names
 from vlmexport.split.parts import Role
 

@@ -12,7 +12,8 @@ from tests.zoo.gemma import FAMILIES, WINDOW, gemma_examples, make_gemma
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.load import VLM, load_vlm
 from vlmexport.split import capture
-from vlmexport.split.capture import REPLAY_LIMIT, split_model
+from vlmexport.split.capture import split_model
+from vlmexport.split.difference import REPLAY_LIMIT
 from vlmexport.split.masks import BlockMasks, _is_causal, visible
 from vlmexport.split.parts import Role, Split
 

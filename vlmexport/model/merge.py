@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vlmexport.errors import ArtifactError
 from vlmexport.model.anyres import AnyRes, Array
 from vlmexport.model.blocks import MaskKind
+from vlmexport.model.cross import STATE_MASK, STATES, cross_names
 from vlmexport.model.pictures import EachPicture
 
 
@@ -23,16 +24,19 @@ class MergeSpec:
     `position`: ``1d`` counts positions from `position_start`; ``mrope`` gives each token three (`model/positions.py`),
     for image tokens by their patch grid, of which `spatial_merge_size` x `spatial_merge_size` patches are one token.
     `mask`: ``causal`` for all tokens; with ``image_blocks`` and ``prefix`` blocks of tokens see each other, which the
-    decoder gets as ``block_ids`` (`model/blocks.py`).
+    decoder gets as ``block_ids`` (`model/blocks.py`); with ``image_tokens`` those with ids of `block_tokens` are one.
     `packing`: how the projector's rows become feature rows; None where they are those. `pictures`: how what the vision
     encoder makes of single pictures is joined; None where it takes all at once.
     `extras`: further decoder inputs that the family needs, by graph input (none for plain scatter families).
     `deepstack_layers`: so many first decoder layers get features of their own added to their result at the image
     tokens; a feature row is then ``1 + deepstack_layers`` rows of the hidden size, the embedding's first.
+    `decoder_start_token_id`: the embeddings are those of a text encoder, and the decoder starts with this token; None
+    for decoders that get them themselves. `cross_layers` attend to states beside the tokens (`model/cross.py`). With
+    `place` ``cross_attention`` these are the feature rows, `tile_tokens` of them for each tile of a picture.
     """
 
     image_token_id: int
-    place: Literal["scatter", "add"] = "scatter"
+    place: Literal["scatter", "add", "cross_attention"] = "scatter"
     position: Literal["1d", "mrope"] = "1d"
     position_start: int = 0
     mask: MaskKind = "causal"
@@ -42,6 +46,30 @@ class MergeSpec:
     spatial_merge_size: int = 1
     deepstack_layers: int = 0
     fixed_tokens: tuple[int, ...] = ()
+    block_tokens: tuple[int, ...] = ()
+    decoder_start_token_id: int | None = None
+    cross_layers: tuple[int, ...] = ()
+    tile_tokens: int = 0
+
+    @property
+    def crosses(self) -> bool:
+        """Does the decoder attend to states beside its tokens, whose keys and values a part of its own makes?"""
+        return bool(self.cross_layers)
+
+    @property
+    def encoder_inputs(self) -> tuple[str, ...]:
+        """What that part takes."""
+        return (STATES,) if self.place == "cross_attention" else ("inputs_embeds", "attention_mask")
+
+    @property
+    def cross_inputs(self) -> set[str]:
+        """What it gives, and the decoder takes in every call."""
+        return {name for layer in self.cross_layers for name in cross_names(layer)}
+
+    @property
+    def cross_masks(self) -> tuple[str, ...]:
+        """The decoder's mask of such states, where it is the same in every call."""
+        return (STATE_MASK,) if self.crosses and self.place != "cross_attention" else ()
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON data."""
@@ -59,6 +87,8 @@ class MergeSpec:
                 **data,
                 "extras": tuple(data.get("extras", ())),
                 "fixed_tokens": tuple(data.get("fixed_tokens", ())),
+                "cross_layers": tuple(data.get("cross_layers", ())),
+                "block_tokens": tuple(data.get("block_tokens", ())),
                 "packing": None if packing is None else AnyRes.from_dict(packing),
                 "pictures": None if pictures is None else EachPicture(**pictures),
             }

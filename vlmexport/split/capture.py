@@ -22,10 +22,13 @@ from vlmexport.split.decoder import (
     replay,
     text_decoder,
 )
+from vlmexport.split.difference import refuse_difference as _refuse_difference
+from vlmexport.split.encoder_decoder import is_encoder_decoder, split_encoder_decoder
 from vlmexport.split.examples import processor_examples
+from vlmexport.split.language import LanguageParts
 from vlmexport.split.masks import SeenMasks, find_masks
-from vlmexport.split.per_layer import embedding_part, per_layer_spec, with_per_layer
 from vlmexport.split.parts import Part, Role, Signature, Split
+from vlmexport.split.per_layer import embedding_part, per_layer_spec, with_per_layer
 from vlmexport.split.places import find_places, fixed_rows, merged_embeddings
 from vlmexport.split.positions import (
     configure,
@@ -41,9 +44,6 @@ from vlmexport.split.vision import packed_features, projector_packing, projector
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
 
-# Replayed logits may differ from the full model's by rounding only.
-REPLAY_LIMIT = 1e-5
-
 
 def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None = None) -> Split:
     """Take `vlm` apart and prove that the parts reproduce it.
@@ -53,11 +53,9 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     `BadInputError` naming a weight that makes the logits NaN.
     """
     examples = processor_examples(vlm) if examples is None else examples
-    calls = [capture_decoder_call(vlm.model, example) for example in examples]
-    _refuse_nan(vlm, calls)
-    kv = find_cache(vlm)
+    language = _language(vlm, examples)
+    merge, calls, difference = language.merge, language.calls, language.difference
     vision, projector = split_vision(vlm, examples)
-    decoder, merge, difference = split_decoder(vlm, examples, calls, kv)
     made = zip(projector.examples, examples, strict=True)
     features = [packed_features(projector, projector.module(**inner), example) for inner, example in made]
     merge = dataclasses.replace(merge, packing=projector_packing(projector), pictures=projector_pictures(projector))
@@ -69,9 +67,20 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
         Role.EMBEDDING: embedding_part(vlm, text_decoder(vlm.model), examples, calls),
-        Role.DECODER: decoder,
+        **language.parts,
     }
-    return Split(parts, merge, difference, kv)
+    return Split(parts, merge, difference, language.kv)
+
+
+def _language(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> LanguageParts:
+    """The language side: the decoder alone, or with what it attends to beside its tokens."""
+    if is_encoder_decoder(vlm.model):
+        return split_encoder_decoder(vlm, examples)
+    calls = [capture_decoder_call(vlm.model, example) for example in examples]
+    _refuse_nan(vlm, calls)
+    kv = find_cache(vlm)
+    decoder, merge, difference = split_decoder(vlm, examples, calls, kv)
+    return LanguageParts({Role.DECODER: decoder}, merge, kv, calls, difference)
 
 
 def split_decoder(
@@ -91,7 +100,8 @@ def split_decoder(
     masks = find_masks(vlm, decoder, examples, calls)
     decoder.blocks, decoder.logit_cap = masks.blocks, find_logit_cap(decoder, calls[-1])
     if masks.blocks is not None:
-        merge = dataclasses.replace(merge, mask=masks.kind, extras=(*merge.extras, "block_ids"))
+        extras = (*merge.extras, "block_ids")
+        merge = dataclasses.replace(merge, mask=masks.kind, block_tokens=masks.tokens, extras=extras)
     # The merge is proven on every example; the decoder gets nothing else, so the richest prompt does for it.
     difference = _refuse_difference(vlm, "decoder and LM head", replay(decoder, calls[-1]), calls[-1].logits)
     part = _decoder_part(vlm, decoder, calls, masks, merge)
@@ -152,22 +162,6 @@ def _merge_difference(
     added = features[:, hidden:].reshape(len(features), merge.deepstack_layers, hidden).transpose(0, 1)
     wanted = dense_deepstack(call)[:, places]
     return max(difference, _refuse_difference(vlm, "features of early layers", added, wanted))
-
-
-def _refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.Tensor) -> float:
-    if got.shape != expected.shape:
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: the replayed {what} have shape {tuple(got.shape)}, "
-            f"the model's {tuple(expected.shape)}"
-        )
-    scale = expected.float().abs().max().clamp_min(1e-12)
-    difference = float((got.float() - expected.float()).abs().max() / scale)
-    if not difference <= REPLAY_LIMIT:
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: the replayed {what} differ from the full model by {difference:.2e} (limit "
-            f"{REPLAY_LIMIT:.0e}); this family needs a family module, which this version does not have"
-        )
-    return difference
 
 
 def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall], masks: SeenMasks, merge: MergeSpec) -> Part:

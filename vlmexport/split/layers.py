@@ -14,10 +14,12 @@ from vlmexport.errors import UnsupportedModelError
 def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """The attribute and the list of the decoder's repeated layers.
 
-    Raises `UnsupportedModelError` when no direct child is a list of ``num_hidden_layers`` modules.
+    Raises `UnsupportedModelError` when no direct child is a list of as many modules as the configuration has layers
+    (those of the decoder, where it counts them apart from an encoder's).
     """
     config: Any = decoder.config
-    count = config.get_text_config().num_hidden_layers
+    text = config.get_text_config()
+    count = getattr(text, "decoder_layers", None) or text.num_hidden_layers
     for name, child in decoder.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return name, child

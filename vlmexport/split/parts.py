@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """The four roles; the values are the file names of the ``split`` layout and the keys of the manifest."""
+    """The roles; the values are the file names of the ``split`` layout and the keys of the manifest.
+
+    `ENCODER` is there where the decoder attends to states beside its tokens: it makes their keys and values.
+    """
 
     VISION_ENCODER = "vision_encoder"
     PROJECTOR = "projector"
     EMBEDDING = "embed_tokens"
+    ENCODER = "encoder"
     DECODER = "decoder"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from vlmexport.errors import ArtifactError
 from vlmexport.manifest import PREFILL_PART, Artifact, TensorSpec
 from vlmexport.model.kv import KVGeometry, LayerKV, present_name
+from vlmexport.model.merge import MergeSpec
 from vlmexport.split.parts import Role
 from vlmexport.verify.gates import Gate
 
@@ -28,7 +29,7 @@ def check_structure(gate: Gate, artifact: Artifact, kv: KVGeometry) -> None:
     `kv` is the cache geometry that the decoder must have: of the original model where it is at hand, since the manifest
     may be wrong in the same way as the graph.
     """
-    roles: dict[str, Role] = {str(role): role for role in Role}
+    roles: dict[str, Role] = {str(role): role for role in Role if role is not Role.ENCODER or _merge(artifact).crosses}
     if PREFILL_PART in artifact.manifest.parts or "prefill" in artifact.manifest.model:
         roles[PREFILL_PART] = Role.DECODER
     for part, role in roles.items():
@@ -58,11 +59,18 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
         return {"vision_features"}, {"image_features"}
     if role is Role.EMBEDDING:
         return {"input_ids"}, {"inputs_embeds"}
-    further = artifact.manifest.model.get("merge", {}).get("extras", ())
+    merge = _merge(artifact)
+    if role is Role.ENCODER:
+        return set(merge.encoder_inputs), merge.cross_inputs
+    further = {*merge.extras, *merge.cross_inputs, *merge.cross_masks}
     inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *further}
     inputs |= {*kv.pasts(), *(state.past for state in kv.states)}
     outputs = {"logits", *map(present_name, kv.pasts()), *(state.present for state in kv.states)}
     return inputs, outputs
+
+
+def _merge(artifact: Artifact) -> MergeSpec:
+    return MergeSpec.from_dict(artifact.manifest.model["merge"])
 
 
 def _attention(artifact: Artifact) -> str:
