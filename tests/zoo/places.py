@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
 from tests.zoo.entry import Entry, Example
@@ -52,8 +52,82 @@ def _ovis2_examples(_vlm: VLM) -> tuple[Example, ...]:
     return tuple({**prompt, "pixel_values": _noise(n, 3, 32, 32, seed=n)} for prompt, n in counted)
 
 
-Make = Callable[[Path], Path]
-Examples = Callable[[VLM], tuple[Example, ...]]
+def _molmo2(folder: Path) -> Path:
+    """Features are added to the embeddings of their tokens; all tokens of pictures, the marks too, see each other."""
+    vision = _vision(image_size=[32, 32], num_key_value_heads=2, head_dim=32)
+    adapter = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+               "intermediate_size": 96, "text_hidden_size": HIDDEN, "vision_feature_layer": [2, 1]}  # fmt: skip
+    text = _text("molmo2_text", vocab_size=VOCAB - 4, additional_vocab_size=4)
+    start, column, end = MARKS[:3]
+    model = _build(
+        "Molmo2", text_config=text, vision_config=vision, adapter_config=adapter, image_patch_id=IMAGE,
+        image_start_token_id=start, low_res_image_start_token_id=start, image_end_token_id=end,
+        frame_start_token_id=column, frame_end_token_id=column,
+    )  # fmt: skip
+    return _saved(model, folder)
+
+
+# Rows and columns of tokens of each picture of an example, as a whole and in its crops.
+_GRIDS = (((2, 2, 2, 4), (1, 2, 3, 2)), ((2, 2, 4, 2),), ((2, 2, 2, 2), (2, 1, 2, 3), (2, 2, 1, 4)))
+
+
+def _molmo2_examples(_vlm: VLM) -> tuple[Example, ...]:
+    """Pictures between marks; a token pools up to four patches of any crop, and -1 stands for none."""
+    made = []
+    for index, grids in enumerate(_GRIDS):
+        start, column, end = ([mark] for mark in MARKS[:3])
+        pieces = [_words(3, index)]
+        for low, wide, high, across in grids:
+            for rows, columns in ((low, wide), (high, across)):
+                pieces += [start, ([IMAGE] * columns + column) * rows, end]
+        prompt = _prompt(*pieces, _words(5 + index, 9 + index))
+        ids, crops = prompt["input_ids"], 2 * len(grids)
+        tokens = int((ids == IMAGE).sum())
+        generator = torch.Generator().manual_seed(index)
+        pooling = torch.randint(0, 16 * crops, (tokens, 4), generator=generator)
+        pooling[::3, 2:] = -1
+        types = torch.isin(ids, torch.tensor([IMAGE, *MARKS[:3]])).long()
+        made.append(
+            {**prompt, "mm_token_type_ids": types, "pixel_values": _noise(crops, 16, 192, seed=index),
+             "image_token_pooling": pooling, "image_grids": torch.tensor(grids)}
+        )  # fmt: skip
+    return tuple(made)
+
+
+def _chameleon(folder: Path) -> Path:
+    """Pictures become ids of a codebook, whose tokens' embeddings are the features; their logits are masked.
+
+    Half of the heads' norms differ from each other. The table is one of float16, as the export stores it.
+    """
+    codes = 24
+    names = {"IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(i)) + "Z": VOCAB - 2 * i - 1 for i in range(codes)}
+    vq = {"embed_dim": 16, "num_embeddings": codes, "latent_channels": 16, "resolution": 32, "base_channels": 32,
+          "channel_multiplier": [1, 2], "num_res_blocks": 1}  # fmt: skip
+    config = transformers.ChameleonConfig(
+        **{k: v for k, v in _text("").items() if k not in ("model_type", "head_dim")}, vq_config=vq,
+        vocabulary_map={"<image>": IMAGE, **names}, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = _saved(transformers.ChameleonForConditionalGeneration(config), folder)
+    model = transformers.ChameleonForConditionalGeneration.from_pretrained(folder)
+    table: Any = model.get_input_embeddings()
+    with torch.no_grad():
+        table.weight.copy_(table.weight.half().float())
+        # Codes near to each other would be taken for one another where two runtimes round differently.
+        model.model.vqmodel.quantize.embedding.weight.mul_(0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _chameleon_examples(_vlm: VLM) -> tuple[Example, ...]:
+    made = []
+    for index, count in enumerate((2, 1, 3)):
+        pieces = [piece for i in range(count) for piece in ([MARKS[0]], [IMAGE] * 256, [MARKS[1]], _words(2, i))]
+        prompt = _prompt(_words(2, index), *pieces, _words(4 + index, 9 + index))
+        made.append({**prompt, "pixel_values": _noise(count, 3, 32, 32, seed=index)})
+    return tuple(made)
+
+
 ENTRIES: dict[str, Entry] = {
+    "molmo2": Entry(_molmo2, _molmo2_examples),
     "ovis2": Entry(_ovis2, _ovis2_examples),
 }

@@ -15,17 +15,19 @@ import torch
 
 from tests.zoo import registry
 from tests.zoo.measure import _TEXT
-from tests.zoo.places import MARKS
+from tests.zoo.places import IMAGE, MARKS
 from tests.zoo.proof import FLOATS, Zooed, export, relative
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.model.blocks import block_ids
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.placing import joined_features, place_features
 from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
-from vlmexport.split import places
+from vlmexport.split import capture, places
 from vlmexport.split.capture import split_model
+from vlmexport.split.decoder import capture_decoder_call
 
 
 def take_apart(family: str, folder: Path) -> Zooed:
@@ -49,11 +51,11 @@ def test_fixed_rows_replace_their_tokens_where_there_are_images() -> None:
     embeds, ids = np.ones((2, 3, 1), np.float32), np.array([[5, 7, 9], [5, 5, 9]])
     features = np.array([[2.0], [3.0], [4.0]], np.float32)
     assert place_features(spec, embeds, ids, features)[:, :, 0].tolist() == [[3, 2, 4], [1, 1, 1]]
-    joined = joined_features(spec, [features, features + [[1], [0], [0]]])
+    joined = joined_features(spec, [features, np.array([[3.0], [3.0], [4.0]], np.float32)])
     assert joined is not None and joined[:, 0].tolist() == [2, 3, 3, 4]
     assert joined_features(spec, []) is None
     assert MergeSpec.from_dict(spec.to_dict()) == spec
-    with pytest.raises(BadInputError, match="the prompt has 1 image tokens .id 7. but 2 feature rows"):
+    with pytest.raises(BadInputError, match=r"the prompt has 1 image tokens .id 7. but 2 feature rows"):
         place_features(spec, embeds[:1], ids[:1], np.ones((4, 1), np.float32))
 
 
@@ -101,3 +103,29 @@ def test_a_place_that_is_not_the_models_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("vlmexport.split.capture.find_places", wrong)
     with pytest.raises(UnsupportedModelError, match="ovis2: the replayed merged embeddings differ"):
         split_model(vlm, examples)
+
+
+@pytest.mark.slow
+@pytest.mark.family
+def test_features_are_added_and_all_tokens_of_pictures_see_each_other(tmp_path: Path) -> None:
+    zooed = take_apart("molmo2", tmp_path / "model")
+    merge = zooed.split.merge
+    assert (merge.place, merge.mask, merge.block_tokens) == ("add", "image_tokens", (IMAGE, *MARKS[:3]))
+    assert MergeSpec.from_dict(merge.to_dict()) == merge
+    _check_export(zooed, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+def test_added_features_that_are_put_in_the_embeddings_place_are_refused(tmp_path: Path) -> None:
+    zooed = take_apart("molmo2", tmp_path)
+    example, wrong = zooed.examples[0], dataclasses.replace(zooed.split.merge, place="scatter")
+    call = capture_decoder_call(zooed.vlm.model, example)
+    features = torch.from_numpy(TorchRunner(zooed.vlm, zooed.split).image_features(inputs_of(example).pixel_inputs))
+    with pytest.raises(UnsupportedModelError, match="molmo2: the replayed merged embeddings differ"):
+        capture._merge_difference(zooed.vlm, wrong, example, call, features, None)
+
+
+def test_tokens_of_one_block_are_found_by_their_ids() -> None:
+    ids = np.array([[9, 7, 5, 9, 7]])
+    assert block_ids("image_tokens", ids, 7, (5, 7)).tolist() == [[0, 1, 1, 0, 1]]
+    assert block_ids("image_blocks", ids, 7, (5, 7)).tolist() == [[0, 1, 0, 0, 2]]

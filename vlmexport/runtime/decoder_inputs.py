@@ -1,8 +1,9 @@
 """What reaches a decoder for prompts: merged embeddings, and the further inputs that some families need beside them.
 
 Further inputs by graph input: ``position_ids`` int64 ``[3, batch, tokens]`` (M-RoPE: time, height, width),
-``deepstack_embeds`` float ``[layers, batch, tokens, hidden]`` (zeros off the images) and ``block_ids`` int64 ``[batch,
-tokens]`` (above 0: tokens of one number see each other).
+``deepstack_embeds`` float ``[layers, batch, tokens, hidden]`` (zeros off the images), ``block_ids`` int64 ``[batch,
+tokens]`` (above 0: tokens of one number see each other) and ``per_layer_inputs`` float ``[batch, tokens, layers,
+width]``, which follow from the ids alone: tokens of an answer have them as well.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from vlmexport.errors import BadInputError
 from vlmexport.model.blocks import block_ids
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import joined_features
 from vlmexport.model.positions import prompt_positions
 from vlmexport.runtime.protocol import (
@@ -49,10 +51,16 @@ class DecoderInputs:
         """Tokens `start` to `stop` (None: the end) of every row."""
         return self._taken(np.arange(self.length)[start:stop])
 
-    def followed(self, embeds: Array) -> DecoderInputs:
-        """The same prompt with the tokens `embeds` ``[1, tokens, hidden]`` of an answer behind it."""
-        count, extras = embeds.shape[1], {}
+    def followed(self, embeds: Array, given: Mapping[str, Array] | None = None) -> DecoderInputs:
+        """The same prompt with the tokens `embeds` ``[1, tokens, hidden]`` of an answer behind it.
+
+        `given` are further inputs of those; what is not in it is that of text.
+        """
+        count, extras, given = embeds.shape[1], {}, given or {}
         for name, array in self.extras.items():
+            if name in given:
+                extras[name] = np.concatenate([array, given[name].astype(array.dtype)], axis=BATCH_AXIS[name] + 1)
+                continue
             axis = BATCH_AXIS[name] + 1
             shape = [*array.shape[:axis], count, *array.shape[axis + 1 :]]
             more = np.zeros(shape, array.dtype)
@@ -80,6 +88,12 @@ class DecoderInputs:
     def _taken(self, indices: NDArray[np.intp]) -> DecoderInputs:
         extras = {n: np.take(a, indices, axis=BATCH_AXIS[n] + 1) for n, a in self.extras.items()}
         return DecoderInputs(self.embeds[:, indices], extras)
+
+
+def token_inputs(runner: Runner, ids: Ids) -> DecoderInputs:
+    """What reaches the decoder of `runner` for tokens ``[batch, tokens]`` without image features in their places."""
+    further = {PER_LAYER: runner.per_layer(ids)} if PER_LAYER in runner.merge_spec.extras else {}
+    return DecoderInputs(runner.embed(ids), further)
 
 
 def stacked(rows: Sequence[DecoderInputs], side: Literal["right", "left"] = "right") -> tuple[DecoderInputs, Ids]:
@@ -112,22 +126,27 @@ def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequen
     spec = runner.merge_spec
     ids, mask = pad_right([item.input_ids for item in batch], 0 if spec.image_token_id else 1)
     joined = joined_features(spec, features)
-    embeds = runner.embed(ids)
-    return DecoderInputs(merge(spec, embeds, ids, joined), further_inputs(spec, batch, embeds, ids, joined)), mask
+    tokens = token_inputs(runner, ids)
+    further = further_inputs(spec, batch, tokens.embeds, ids, joined)
+    return DecoderInputs(merge(spec, tokens.embeds, ids, joined), {**tokens.extras, **further}), mask
 
 
 def further_inputs(
     spec: MergeSpec, batch: Sequence[ModelInputs], embeds: Array, ids: Ids, features: Array | None
 ) -> dict[str, Array]:
-    """The inputs that ``spec.extras`` names, for prompts `ids` ``[batch, tokens]`` that are padded on the right."""
+    """The inputs that ``spec.extras`` names, for prompts `ids` ``[batch, tokens]`` that are padded on the right.
+
+    But for ``per_layer_inputs``, which `token_inputs` has.
+    """
     makers: dict[str, Callable[[], Array]] = {
         "position_ids": lambda: _positions(spec, batch, ids.shape[1]),
         "deepstack_embeds": lambda: _deepstack(spec, embeds, ids, features),
-        "block_ids": lambda: block_ids(spec.mask, ids, spec.image_token_id),
+        "block_ids": lambda: block_ids(spec.mask, ids, spec.image_token_id, spec.block_tokens),
     }
-    if unknown := [name for name in spec.extras if name not in makers]:
+    names = [name for name in spec.extras if name != PER_LAYER]
+    if unknown := [name for name in names if name not in makers]:
         raise BadInputError(f"the decoder needs {unknown[0]}, which this version cannot make")
-    return {name: makers[name]() for name in spec.extras}
+    return {name: makers[name]() for name in names}
 
 
 def _positions(spec: MergeSpec, batch: Sequence[ModelInputs], width: int) -> Ids:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from vlmexport.split.packed import without_numbers
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,18 @@ class Absorber:
 
 @contextmanager
 def intercepted(projector: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Within, calling `projector` keeps its arguments and computes nothing."""
+    """Within, calling `projector` keeps its arguments and computes nothing.
+
+    From then on a traced tensor has no numbers: what is cut by them, the features of each picture, is not traced.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with ExitStack() as stack:
 
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return Absorber()
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            stack.enter_context(without_numbers())
+            return Absorber()
 
-    projector.__dict__["forward"] = keep
-    try:
+        projector.__dict__["forward"] = keep
+        stack.callback(projector.__dict__.pop, "forward")
         yield calls
-    finally:
-        del projector.__dict__["forward"]

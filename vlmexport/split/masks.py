@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmexport.model.load import VLM
     from vlmexport.split.decoder import DecoderPart
 
-_KINDS: tuple[MaskKind, ...] = ("causal", "image_blocks", "prefix")
+_KINDS: tuple[MaskKind, ...] = ("causal", "image_blocks", "prefix", "image_tokens")
 _PADDING_AXES = 2  # a mask ``[B, T]`` of the tokens that are not padding: the decoder makes its masks of it
 # Shorter than any block of image tokens, so that it tells whether a window hides what is in a block.
 _PROBE_WINDOW = 2
@@ -59,12 +59,14 @@ class BlockMasks:
 class SeenMasks:
     """What the layers see: `kind` says how the blocks follow from a prompt's ids; `blocks` is None for causal masks.
 
-    `ids` are the blocks of each example, int64 ``[1, tokens]``.
+    `ids` are the blocks of each example, int64 ``[1, tokens]``; `tokens` the ids of the tokens that make the one block
+    of ``image_tokens``.
     """
 
     kind: MaskKind
     blocks: BlockMasks | None
     ids: tuple[torch.Tensor, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 def visible(blocks: torch.Tensor, valid: torch.Tensor, window: int | None, *, cut: bool) -> torch.Tensor:
@@ -118,15 +120,16 @@ def find_masks(
     opens = tuple(name for name, seen in layers.items() if seen.opens)
     windows = tuple((name, seen.window) for name, seen in layers.items())
     reached = [_filled(masks, call, opens) for masks, call in zip(given, calls, strict=True)]
-    wrong = ""
+    wrong, together = "", _together(examples, reached)
     for kind in _KINDS:
-        blocks = [_blocks(vlm, kind, example) for example in examples]
+        tokens = together if kind == "image_tokens" else ()
+        blocks = [_blocks(vlm, kind, example, tokens) for example in examples]
         masks = BlockMasks(windows, cut=True)
         if kind != "causal" and any(window is not None for _, window in windows):
             masks = dataclasses.replace(masks, cut=_cuts(vlm, part, examples[0], blocks[0], masks))
         wrong = next((w for b, n in zip(blocks, reached, strict=True) if (w := _wrong(masks, b, n))), "")
         if not wrong:
-            return SeenMasks(kind, None if kind == "causal" else masks, tuple(blocks))
+            return SeenMasks(kind, None if kind == "causal" else masks, tuple(blocks), tokens)
     raise _refusal(family, wrong)
 
 
@@ -199,8 +202,20 @@ def _same_memory(mask: torch.Tensor, other: torch.Tensor | None) -> bool:
     return mask is other or (other is not None and mask.data_ptr() == other.data_ptr() and mask.shape == other.shape)
 
 
-def _blocks(vlm: VLM, kind: MaskKind, example: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.from_numpy(block_ids(kind, example["input_ids"].numpy(), vlm.facts.image_token_id))
+def _blocks(vlm: VLM, kind: MaskKind, example: dict[str, torch.Tensor], tokens: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(block_ids(kind, example["input_ids"].numpy(), vlm.facts.image_token_id, tokens))
+
+
+def _together(
+    examples: Sequence[dict[str, torch.Tensor]], reached: Sequence[dict[str, torch.Tensor]]
+) -> tuple[int, ...]:
+    """Ids of all tokens that see a later one, or that an earlier one sees, in any mask of any example."""
+    found: set[int] = set()
+    for example, masks in zip(examples, reached, strict=True):
+        for mask in masks.values():
+            later = _shown(mask)[0, 0].triu(1)
+            found |= set(example["input_ids"][0, later.any(dim=1) | later.any(dim=0)].tolist())
+    return tuple(sorted(found))
 
 
 def _wrong(masks: BlockMasks, blocks: torch.Tensor, named: dict[str, torch.Tensor]) -> str:

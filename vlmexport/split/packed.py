@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,10 +43,14 @@ def packed_pictures(model: Any) -> Iterator[None]:
         stack.callback(handle.remove)
         for module, name in places:
             stack.enter_context(_replaced(module, name, getattr(packed, name)))
-        # A traced tensor has no numbers: what is cut by them, the features of each picture, is not part of the trace.
-        stack.enter_context(_replaced(FakeTensor, "tolist", lambda _tensor: []))
+        stack.enter_context(without_numbers())
         stack.enter_context(_attention(encoder, packed))
         yield
+
+
+def without_numbers() -> AbstractContextManager[None]:
+    """Within, a traced tensor has no numbers: what is cut by them, the features of each picture, is not traced."""
+    return _replaced(FakeTensor, "tolist", lambda _tensor: [])
 
 
 def _uses(encoder: nn.Module) -> Iterator[tuple[Any, str]]:
