@@ -62,14 +62,17 @@ def plan_onnx(
 
     from vlmexport.calibrate.auto import settle_bits
     from vlmexport.calibrate.recipe import CalibrationOptions
-    from vlmexport.pipeline import load_and_split
+    from vlmexport.dtypes import settle_dtypes
+    from vlmexport.pipeline import check_layout, load_and_split
     from vlmexport.plan import check_options, plan_export
     from vlmexport.target import load_target
 
     watcher = progress or SilentProgress()
     target = load_target(options.target)
+    options = settle_dtypes(options)
     check_options(options, target)
     vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora)
+    check_layout(vlm, split, options)
     with tempfile.TemporaryDirectory(prefix="vlmexport-") as work:
         chosen = calibration or CalibrationOptions()
         settled, quant_plan = settle_bits(vlm, split, target, options, chosen, Path(work), watcher)

@@ -158,7 +158,7 @@ class Manifest:
             model=data["model"],
             plan=data["plan"],
             parts={role: PartFile.from_dict(p) for role, p in data["parts"].items()},
-            quantized=tuple(_quantized_record(q) for q in data["quantized"]),
+            quantized=tuple(read_quantized_record(q) for q in data["quantized"]),
             unquantized=tuple(KeptTensor(**k) for k in data["unquantized"]),
             files={name: FileRecord(**f) for name, f in data["files"].items()},
             results=data["results"],
@@ -166,7 +166,8 @@ class Manifest:
         )
 
 
-def _quantized_record(data: dict[str, Any]) -> QuantizedRecord:
+def read_quantized_record(data: dict[str, Any]) -> QuantizedRecord:
+    """Read one entry of the manifest's ``quantized``."""
     members = tuple(QuantizedMember(m["name"], (m["rows"][0], m["rows"][1]), m["digest"]) for m in data["members"])
     return QuantizedRecord(**{**data, "members": members})
 

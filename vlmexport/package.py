@@ -51,6 +51,8 @@ def package(
     `facts` are what the layout adds to the manifest's ``model``; `card` writes the README.
     """
     copy_model_files(vlm.path, folder)
+    for name, text in emitted.root_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     manifest = Manifest(
         layout=plan.options.layout,
         target=plan.options.target,
@@ -143,4 +145,5 @@ def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Em
         "decoder_dtype": dtype,
         "accuracy_level": target.onnx.accuracy_level,
         **({"prefill": emitted.prefill} if emitted.prefill else {}),
+        **emitted.facts,
     }

@@ -14,6 +14,7 @@ from vlmexport.calibrate.auto import settle_bits
 from vlmexport.calibrate.kv_cache import with_cache_peaks
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.dtypes import WEB_LAYOUT, check_folder_name, settle_dtypes
 from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
 from vlmexport.plan_file import PLAN_NAME, QuantPlan
@@ -62,8 +63,11 @@ def export_onnx(
     failed = out.with_name(out.name + ".failed")
     check_destination(failed, True)  # an earlier failed export may be replaced, a folder of the user's may not
     target = load_target(options.target)
+    options = settle_dtypes(options)
+    check_folder_name(out, options)
     check_options(options, target)
     vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
+    check_layout(vlm, split, options)
     chosen = calibration or CalibrationOptions()
     if options.choice is None:
         plan_export(vlm, split, target, options)  # refuses before finished layers are at stake
@@ -100,6 +104,14 @@ def load_and_split(
         vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
     with progress.stage("split and replay"):
         return vlm, split_model(vlm)
+
+
+def check_layout(vlm: VLM, split: Split, options: OnnxOptions) -> None:
+    """Raise `UnsupportedModelError` for a model that the layout's client cannot run, before any work."""
+    if options.layout == WEB_LAYOUT:
+        from vlmexport.lower.onnx.web_families import web_family
+
+        web_family(vlm, split)
 
 
 def _lower_and_package(

@@ -50,6 +50,7 @@ class OnnxOptions:
     `cache_length`: tokens of the cache of the ``static`` form of attention, which is TensorRT's and needs it.
     `requantize`: codes of a quantized checkpoint that the target cannot hold are rounded again, to symmetric integers.
     """
+    `dtypes`: precisions of the ``transformersjs`` layout, see `vlmexport.dtypes.settle_dtypes`; none in other layouts.
 
     target: str = "cpu"
     layout: str = "split"
@@ -66,6 +67,7 @@ class OnnxOptions:
     cache_length: int | None = None
     requantize: bool = False
 
+    dtypes: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class WeightPlan:

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from vlmexport.calibrate.recipe import CalibrationOptions
+from vlmexport.dtypes import DEFAULT_DTYPES, WEB_DTYPES, WEB_LAYOUT
 from vlmexport.errors import BadInputError
 from vlmexport.plan import OnnxOptions
 from vlmexport.plan_file import AutoLimit, QuantPlan, load_plan_file
@@ -66,6 +67,7 @@ def onnx_options(function: Command) -> Command:
             keep=values.pop("keep"),
             scheme_named=bool(named),
             choice=choice,
+            dtypes=values.pop("dtypes"),
         )
         return function(*args, options=options, **values)
 
@@ -161,6 +163,18 @@ class ByteSize(click.ParamType[int]):
             self.fail(f"{value!r} is not a size; write it like 1.2GB, 800MB or a number of bytes", param, ctx)
         base = 1024 if match[3] else 1000
         return int(float(match[1]) * base ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
 _DTYPES = click.Choice(["fp16", "fp32"])
@@ -263,7 +277,12 @@ _ONNX_OPTIONS = (
         help="Prompts: through the graph that decodes, or through INT8 products of their own (CPUs; a larger export).",
     ),
     click.option(
-        "--layout", type=click.Choice(["split"]), default="split", show_default=True, help="Files of the export."
+        "--layout", type=click.Choice(["split", WEB_LAYOUT]), default="split", show_default=True,
+        help="Files of the export: one graph per part, or what transformers.js loads in browsers and Node.",
+    ),
+    click.option(
+        "--dtypes", type=Names(), default=(), show_default=",".join(DEFAULT_DTYPES), metavar="NAMES",
+        help=f"Precisions of --layout {WEB_LAYOUT}, separated by commas: {', '.join(WEB_DTYPES)}.",
     ),
     click.option(
         "--target", type=click.Choice(onnx_target_names()), default="cpu", show_default=True,

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # Format and layout -> module and function; imported when used, import errors propagate.
 _SPLIT = ("vlmexport.lower.onnx.layouts.split", "emit_split")
-_EMITTERS = {("onnx", "split"): _SPLIT, ("onnx", "tensorrt"): _SPLIT}
+_WEB = ("vlmexport.lower.onnx.layouts.transformersjs", "emit_transformersjs")
+_EMITTERS = {("onnx", "split"): _SPLIT, ("onnx", "tensorrt"): _SPLIT, ("onnx", "transformersjs"): _WEB}
 
 
 def emitter(format_name: str, layout: str) -> Callable[..., Emitted]:

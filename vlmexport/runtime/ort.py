@@ -1,4 +1,4 @@
-"""`OnnxRunner`: an export of the ``split`` or ``tensorrt`` layout, run by ONNX Runtime alone."""
+"""`OnnxRunner`: an export of the ``split``, ``tensorrt`` or ``transformersjs`` layout, run by ONNX Runtime alone."""
 
 from __future__ import annotations
 
@@ -35,13 +35,17 @@ from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
 
 _DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
+from vlmexport.variants import as_variant
 
+PROJECTOR = "projector"
 
 class OnnxRunner:
     """Runs an export; sessions open when first used, or all at once with `load`.
 
     `threads`: intra-op threads, 0 = onnxruntime's choice. `exact`, `float_cache`: see `SessionSettings`. `provider`
-    overrides the target's own (a CUDA graph can be checked on the CPU). Satisfies `Runner`.
+    overrides the target's own (a CUDA graph can be checked on the CPU). `variant` is the one to run of an export of
+    several (None: its primary one). Satisfies `Runner`; exports without a projector of their own have no vision
+    features.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class OnnxRunner:
         float_cache: bool = False,
     ) -> None:
         self.artifact = artifact
+        variant: str | None = None,
         self.model: dict[str, Any] = artifact.manifest.model
+        artifact = artifact if variant is None else as_variant(artifact, variant)
         provider = provider or load_target(artifact.manifest.target).provider
         self.settings = SessionSettings(threads, exact, provider, float_cache)
 
@@ -74,12 +80,20 @@ class OnnxRunner:
     def load(self) -> float:
         """Open every session now; seconds it took."""
         start = time.perf_counter()
-        for part in (self._vision, self._projector, self._embedding, self._decoder):
+        for part in (self._vision, self._projector if self._projects else None, self._embedding, self._decoder):
             del part
         return time.perf_counter() - start
 
     def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
-        """Vision features of all images of one prompt; names that the encoder does not know are left out."""
+        """Vision features of all images of one prompt; names that the encoder does not know are left out.
+
+        Those that a projector inside the vision encoder made are image features already.
+        """
+    @property
+    def _projects(self) -> bool:
+        """Is the projector a part of its own?"""
+        return PROJECTOR in self.artifact.manifest.parts
+
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
         return self.merge_spec.encode(
             pixel_inputs, lambda inputs: self._vision.run(without_padding_pictures(inputs) if static else inputs)
@@ -87,7 +101,8 @@ class OnnxRunner:
 
     def project(self, vision_features: VisionFeatures) -> Array:
         """Image features; see `Runner.project`."""
-        features = self._projector(named_features(vision_features))
+        named = named_features(vision_features)
+        features = self._projector(named) if self._projects else next(iter(named.values()))
         width = self.model["hidden_size"] * (1 + self.merge_spec.deepstack_layers)
         return checked("projector", "image_features", features, (None, width))
 
@@ -118,8 +133,8 @@ class OnnxRunner:
 
     @cached_property
     def _vision(self) -> PartSession:
-        outputs = self.artifact.manifest.parts["vision_encoder"].outputs
-        return self._part("vision_encoder", *feature_outputs(spec.name for spec in outputs))
+        names = [spec.name for spec in self.artifact.manifest.parts["vision_encoder"].outputs]
+        return self._part("vision_encoder", *(feature_outputs(names) if self._projects else ("image_features",)))
 
     @cached_property
     def _projector(self) -> PartSession:

@@ -65,6 +65,26 @@ def check_vision(
             gate.close(name, "projector", "lowering", features, exported.project(wanted), limits.projector_rel)
 
 
+def check_image_features(
+    gate: Gate, prompts: Sequence[Prompt], exported: Runner, reference: Runner, limits: ParityLimits
+) -> None:
+    """``vision_encoder/image_features[probe]`` for exports whose vision encoder holds the projector.
+
+    Features of the type float16 are allowed one rounding.
+    """
+    for prompt in prompts:
+        inputs = prompt.reference or prompt.exported
+        if not inputs.pixel_inputs:
+            continue
+        name = f"vision_encoder/image_features[{prompt.name}]"
+        with gate.guard(name, "vision_encoder", "lowering"):
+            found = exported.image_features(inputs.pixel_inputs)
+            limit = limits.vision_rel + limits.projector_rel
+            limit += _FLOAT16_ROUNDING if found.dtype == np.float16 else 0.0
+            wanted = reference.image_features(inputs.pixel_inputs)
+            gate.close(name, "vision_encoder", "lowering", wanted, found, limit)
+
+
 def close_features(
     gate: Gate, name: str, part: str, features: tuple[VisionFeatures, VisionFeatures], limit: float
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmexport.dtypes import WEB_LAYOUT
 from vlmexport.engines import TENSORRT_LAYOUT
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact, open_artifact
@@ -22,6 +23,7 @@ from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.target import Target, load_target
+from vlmexport.variants import as_variant, variant_names
 from vlmexport.verify import kv_cache, parts, prefill, static_cache
 from vlmexport.verify.codes import account, read_codes, unrecorded_matrices
 from vlmexport.verify.decoder import (
@@ -59,6 +61,7 @@ from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationS
 from vlmexport.verify.result import Question as Side
 from vlmexport.verify.structure import check_structure
 from vlmexport.verify.threads import good_threads, torch_threads
+from vlmexport.verify.variants import of_variants
 
 _CPU = "CPUExecutionProvider"
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
@@ -156,19 +159,22 @@ def verify_artifact(
     target = load_target(artifact.manifest.target)
     asked = load_questions(samples) if samples else _own_questions(artifact, questions)
     used = good_threads(_size(artifact)) if threads is None else threads
+    reports = {}
     with (progress or SilentProgress()).stage("verify") as stage, torch_threads(used):
-        gate = Gate(lambda name: stage.advance(1, name))
-        run = _prepare(gate, artifact, target, used)
         reference, why_not = _reference(artifact, model, lora, trust_remote_code=trust_remote_code)
-        lowering, answers, quantization = _judge(run, reference, why_not, asked)
-    return ParityReport(
-        checks=tuple(gate.checks),
-        lowering=lowering,
-        quantization=quantization,
-        series=gate.series,
-        runtime=_runtime_facts(run, reference, used, len(asked), time.perf_counter() - started),
-        tasks=answers.tasks(),
-    )
+        for name in variant_names(artifact.manifest) or (None,):
+            gate = Gate(lambda check: stage.advance(1, check))
+            run = _prepare(gate, artifact if name is None else as_variant(artifact, name), target, used)
+            lowering, answers, quantization = _judge(run, reference, why_not, asked)
+            reports[name or ""] = ParityReport(
+                checks=tuple(gate.checks),
+                lowering=lowering,
+                quantization=quantization,
+                series=gate.series,
+                runtime=_runtime_facts(run, reference, used, len(asked), time.perf_counter() - started),
+                tasks=answers.tasks(),
+            )
+    return of_variants(reports)
 
 
 def verify_files(
@@ -284,7 +290,9 @@ def _manifest_geometry(artifact: Artifact) -> KVGeometry:
 
 def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
     limits, runner = run.target.parity, reference.runner
-    parts.check_vision(run.gate, prompts.probes, run.shipped, runner, limits)
+    joined = run.artifact.manifest.layout == WEB_LAYOUT
+    check = parts.check_image_features if joined else parts.check_vision
+    check(run.gate, prompts.probes, run.shipped, runner, limits)
     vocab = reference.vlm.facts.vocab_size
     parts.check_embedding(run.gate, run.shipped, runner, vocab, prompts.probes, limits)
 
@@ -352,7 +360,8 @@ def _check_quantization(
 def _without_reference(run: _Run, prompts: Prompts, reason: str, *, scored: bool) -> None:
     """What can be judged without the original model; everything else is named as not run."""
     for name, part, side in _NEEDS_REFERENCE:
-        run.gate.not_run(name, part, side, reason)
+        if part in run.artifact.manifest.parts or part == "model":
+            run.gate.not_run(name, part, side, reason)
     if run.target.parity.lowering_exact_kl is not None:
         run.gate.not_run("decoder/exact_kl", "decoder", "lowering", reason)
     if kv_cache.is_quantized(run.artifact):

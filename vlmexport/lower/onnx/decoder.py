@@ -51,12 +51,20 @@ class DecoderGraph:
 
 
 def lower_decoder(
-    vlm: VLM, part: Part, plan: ExportPlan, target: Target, weights: DecoderWeights, *, repeat: bool = True
+    vlm: VLM,
+    part: Part,
+    plan: ExportPlan,
+    target: Target,
+    weights: DecoderWeights,
+    *,
+    repeat: bool = True,
+    traced: TracedDecoder | None = None,
 ) -> DecoderGraph:
     """The decoder graph of docs/manifest.md in the dialect that ``plan.options.attention`` names.
 
     `weights` gives the codes and floats to store.
-    `repeat` False traces every layer instead of one of each kind. Raises `UnsupportedModelError` when the decoder has
+    `repeat` False traces every layer instead of one of each kind; `traced` is the trace of an earlier call for the same
+    form of attention. Raises `UnsupportedModelError` when the decoder has
     no form in that dialect, or when a weight would be neither in the graph nor in the embedding.
     """
     module = part.module
@@ -68,7 +76,8 @@ def lower_decoder(
             f"{module.deepstack_layers} early layers, which the tensorrt layout does not have yet; `vlmexport onnx` "
             "writes a form of this model for ONNX Runtime"
         )
-    traced = trace_decoder(vlm.model, module, fuse_rotary=_fuses_rotary(plan, module), repeat=repeat)
+    if traced is None:
+        traced = trace_decoder(vlm.model, module, fuse_rotary=_fuses_rotary(plan, module), repeat=repeat)
     kind = FLOAT_TYPES[plan.decoder_dtype]
     wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part, weights)
     emitter = DequantizeEmitter if target.onnx.dialect == "tensorrt" else LinearEmitter

@@ -56,17 +56,41 @@ def lower_vision(
     `repeat` False traces every layer (the oracle for repetition).
     Raises `UnsupportedModelError` when the part cannot be traced, or has no form in the dialect.
     """
+    traced = trace_vision(model, part, opset, dialect=dialect, repeat=repeat)
+    return store_vision(traced, model, part, precision, opset, dialect=dialect)
+
+
+def trace_vision(
+    model: nn.Module, part: Part, opset: int, *, dialect: Dialect = "ort", repeat: bool = True
+) -> ir.Model:
+    """The first half of `lower_vision`: the graph of `part` in FP32, its parameters still inputs by whole-model name.
+
+    A copy of it (``clone``) is what `store_vision` makes a graph of one precision from.
+    """
     graph_model, repeats = _trace(model, part, opset, dialect, repeat=repeat)
     graph = graph_model.graph
-    parameters = {part.prefix + name: p for name, p in part.module.named_parameters()}
     simplify(graph_model)
     if dialect == "tensorrt":
         keep_every_row(graph_model, part)
         split_gemms(graph)
     forget_trace(graph)
-    expand_repeats(graph, repeats, parameters)
+    expand_repeats(graph, repeats, _parameters(part))
     if dialect == "ort":
         skip_empty_masks(graph)
+    return graph_model
+
+
+def store_vision(
+    graph_model: ir.Model,
+    model: nn.Module,
+    part: Part,
+    precision: EncoderPrecision,
+    opset: int,
+    *,
+    dialect: Dialect = "ort",
+) -> VisionGraph:
+    """The second half of `lower_vision`: weights stored as `precision` says. `graph_model` is used up."""
+    graph, parameters = graph_model.graph, _parameters(part)
     named = {v.name: v for v in graph.inputs}
     values = [named[name] for name in parameters if name in named]
     for value in values:
@@ -81,6 +105,10 @@ def lower_vision(
     graph_model.ir_version = ir_version(opset)
     graph_model.producer_name, graph_model.producer_version = "vlmexport", None
     return VisionGraph(graph_model, groups, kept)
+
+
+def _parameters(part: Part) -> dict[str, torch.Tensor]:
+    return {part.prefix + name: parameter for name, parameter in part.module.named_parameters()}
 
 
 class _Positional(nn.Module):

@@ -54,10 +54,10 @@ def emit_split(
     title = "quantize and write decoder" if weights.schemes else "write decoder"
     stream_weights(decoder.model, decoder.linears.groups, folder / f"{Role.DECODER}.onnx", progress, title)
     parts[Role.DECODER] = part_file(decoder.model, f"{Role.DECODER}.onnx")
-    _write_folded(weights, folder)
+    write_folded(weights, folder)
     quantized = tuple(decoder.linears.records)
     digest = scales_digest(decoder.cache_scales) if decoder.cache_scales else None
-    emitted = Emitted(parts, quantized, _kept(plan, quantized, kept), digest)
+    emitted = Emitted(parts, quantized, kept_tensors(plan, quantized, kept), digest)
     if plan.options.prefill == "same":
         return emitted
     prompt = lower_prefill(vlm, split.parts[Role.DECODER], plan, target, weights, decoder.traced)
@@ -78,7 +78,7 @@ def _with_prefill(
     )
 
 
-def _write_folded(weights: DecoderWeights, folder: Path) -> None:
+def write_folded(weights: DecoderWeights, folder: Path) -> None:
     """Keep the floats that calibration changed beside the graphs: the gate's reference needs them."""
     from safetensors.torch import save
 

@@ -1,0 +1,45 @@
+"""What transformers.js 4.3 expects of each model type that it runs: the client's own contract, found by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class WebFamily:
+    """How the client calls one model type.
+
+    `processor` and `image_processor` are its classes. `inputs` gives vision inputs the names that the client feeds
+    them by, `masks` are those it feeds as booleans. `counts_all`: its processor adds the further image tokens without
+    taking the class token off again.
+    """
+
+    processor: str
+    image_processor: str
+    inputs: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
+    masks: tuple[str, ...] = ()
+    counts_all: bool = False
+
+
+WEB_FAMILIES = {
+    "idefics3": WebFamily("Idefics3Processor", "Idefics3ImageProcessor", masks=("pixel_attention_mask",)),
+    "smolvlm": WebFamily("SmolVLMProcessor", "SmolVLMImageProcessor", masks=("pixel_attention_mask",)),
+    "llava": WebFamily("LlavaProcessor", "CLIPImageProcessor", counts_all=True),
+    "paligemma": WebFamily("PaliGemmaProcessor", "SiglipImageProcessor"),
+    "qwen2_vl": WebFamily("Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}),
+    "qwen2_5_vl": WebFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor"),
+}
+# Types that the client knows and this layout does not write yet.
+UNWRITTEN = {
+    "gemma3": "the decoder cannot see image positions in transformers.js",
+    "gemma3n": "transformers.js also wants an audio encoder and inputs per layer from the embedding",
+    "gemma4": "transformers.js also wants an audio encoder and inputs per layer from the embedding",
+    "florence2": "transformers.js wants an encoder model of the text beside the decoder",
+    "llava_onevision": "transformers.js has no processor for it, so nothing there lays out its tiles",
+    "phi3_v": "transformers.js merges text and image in a graph of its own",
+    "qwen3_vl": "transformers.js reads image_features alone, not what early decoder layers get of the image",
+}
