@@ -19,12 +19,14 @@ class LayerKV:
 class State:
     """A state of fixed size that layer `layer` keeps: ``[batch, *shape]``, zeros before the first token.
 
-    `kind` ``conv``: the last inputs of a causal convolution; ``recurrent``: the matrix of linear attention.
+    `kind` ``conv``: the last inputs of a causal convolution; ``recurrent``: the matrix of linear attention. `dtype` is
+    its numpy type; "" for the type that keys and values have when they are not quantized.
     """
 
     layer: int
     kind: str
     shape: tuple[int, ...]
+    dtype: str = ""
 
     @property
     def past(self) -> str:
@@ -35,6 +37,11 @@ class State:
     def present(self) -> str:
         """The decoder graph's output."""
         return f"present_{self.kind}.{self.layer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data; ``dtype`` only where there is one."""
+        body = {"layer": self.layer, "kind": self.kind, "shape": list(self.shape)}
+        return {**body, "dtype": self.dtype} if self.dtype else body
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,10 @@ class KVGeometry:
         """What layer `index` keeps."""
         return self.per_layer[index] if self.per_layer else LayerKV(self.heads, self.head_dim)
 
+    def states_of(self, index: int) -> tuple[State, ...]:
+        """The states of layer `index`."""
+        return tuple(state for state in self.states if state.layer == index)
+
     @property
     def keeping(self) -> dict[int, LayerKV]:
         """The layers that keep keys and values, in order."""
@@ -75,8 +86,9 @@ class KVGeometry:
         return 2 * sum(kept.heads * kept.head_dim for kept in self.keeping.values()) * bytes_per_value
 
     def state_bytes(self, bytes_per_value: int = 2) -> int:
-        """Bytes of the states of one sequence, however long it is."""
-        return sum(math.prod(state.shape) for state in self.states) * bytes_per_value
+        """Bytes of the states of one sequence, however long it is; `bytes_per_value` for those without a type."""
+        sizes = {"": bytes_per_value, "float16": 2, "float32": 4}
+        return sum(math.prod(state.shape) * sizes[state.dtype] for state in self.states)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data, as manifests have it under ``model.kv``."""
@@ -84,14 +96,16 @@ class KVGeometry:
         if self.per_layer:
             body["per_layer"] = [None if kept is None else [kept.heads, kept.head_dim] for kept in self.per_layer]
         if self.states:
-            body["states"] = [{"layer": s.layer, "kind": s.kind, "shape": list(s.shape)} for s in self.states]
+            body["states"] = [state.to_dict() for state in self.states]
         return body
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> KVGeometry:
         """Read `to_dict`'s data back; other keys are left alone."""
         per_layer = tuple(None if kept is None else LayerKV(*kept) for kept in data.get("per_layer", ()))
-        states = tuple(State(s["layer"], s["kind"], tuple(s["shape"])) for s in data.get("states", ()))
+        states = tuple(
+            State(s["layer"], s["kind"], tuple(s["shape"]), s.get("dtype", "")) for s in data.get("states", ())
+        )
         return KVGeometry(data["layers"], data["heads"], data["head_dim"], per_layer, states)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.kv import KVGeometry, present_name
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.runtime.protocol import (
     BATCH_AXIS,
     Array,
@@ -31,6 +32,7 @@ from vlmexport.runtime.protocol import (
     token_axis,
 )
 from vlmexport.runtime.sessions import NUMPY_TYPES, checked, part_errors, require_outputs
+from vlmexport.runtime.state_buffers import StateBuffers, empty_states
 
 PART = "decoder"
 # Tokens that a prompt graph computes at once: attention to a growing past skips what the causal mask would hide, and
@@ -43,12 +45,13 @@ Mask: TypeAlias = NDArray[np.int64]
 class SharedCache(Cache):
     """Buffers ``[batch, heads, capacity, head_dim]`` by layer and kind, bound once and written in place.
 
-    `bindings` has one entry for each graph of the session.
+    `bindings` has one entry for each graph of the session. `states` are those of layers that keep no keys and values.
     """
 
     bindings: tuple[Any, ...]
     buffers: dict[str, ort.OrtValue]
     capacity: int
+    states: StateBuffers
 
     def stored(self, layer: int, kind: Literal["key", "value"], start: int, stop: int) -> Array:
         """What the cache holds of positions `start` to `stop` (a copy): ``[batch, heads, stop - start, head_dim]``."""
@@ -92,18 +95,19 @@ class DecoderSession:
         self.extra_shapes = {i.name: list(i.shape) for i in session.get_inputs() if i.name in BATCH_AXIS}
         self.kept = kv.pasts()
         self.present_of = {past: present_name(past) for past in self.kept}
+        self.fed_back = self.present_of | {state.past: state.present for state in kv.states}
         self._check_contract()
         self.kv_dtype = self.input_types[next(iter(self.kept))]
         logits = next(o for o in session.get_outputs() if o.name == "logits")
         self.vocab_size, self.logits_dtype = static_width(logits), NUMPY_TYPES[logits.type]
 
     def _check_contract(self) -> None:
-        needed = [self.sequence_input, "attention_mask", *self.present_of]
+        needed = [self.sequence_input, "attention_mask", *self.fed_back]
         missing = [name for name in needed if name not in self.input_types]
         if missing:
             raise PartOutputError(PART, f"the graph has no input {missing[0]!r}; it has {list(self.input_types)[:4]}")
         for session in self.sessions:
-            require_outputs(session, PART, ["logits", *self.present_of.values()])
+            require_outputs(session, PART, ["logits", *self.fed_back.values()])
         if any({i.name for i in s.get_inputs()} != self.input_types.keys() for s in self.sessions):
             raise PartOutputError(PART, "the prompt graph has other inputs than the decode graph")
         if len(self.sessions) > 1 and self.attention != "gqa":
@@ -155,6 +159,8 @@ class DecoderSession:
         for name, shape in self.extra_shapes.items():
             if name in given:
                 continue
+            if name == PER_LAYER:
+                raise BadInputError(f"the decoder graph needs the {PER_LAYER} of every token; `Runner.per_layer` has them")
             if name == "position_ids":
                 counted = np.maximum(cache.lengths[:, None] + np.cumsum(new, axis=1) - 1, 0)
                 given[name] = np.broadcast_to(counted + cache.position_shift[:, None], (*shape[:-2], *new.shape))
@@ -170,7 +176,8 @@ class DecoderSession:
 
     def _new_cache(self, batch: int, capacity: int) -> SharedCache:
         bindings = tuple(session.io_binding() for session in self.sessions)
-        cache = SharedCache(np.zeros(batch, np.int64), bindings, {}, capacity)
+        states = StateBuffers(self.kv.states, batch, self.input_types, self.device)
+        cache = SharedCache(np.zeros(batch, np.int64), bindings, {}, capacity, states)
         for past, kept in self.kept.items():
             shape = (batch, kept.heads, capacity, kept.head_dim)
             self._bind(cache, past, self._value(np.zeros(shape, self.kv_dtype)))
@@ -238,7 +245,9 @@ class DecoderSession:
             for name, array in feed.items():
                 binding.bind_cpu_input(name, array)
             binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+            cache.states.bind(binding)
             self.sessions[graph].run_with_iobinding(binding)
+        cache.states.advance()
         return logits
 
     def _run_growing(
@@ -248,8 +257,8 @@ class DecoderSession:
         further = self._further(new, cache, extras)
         feed = self._inputs(sequence, whole, further, keep) | cache.past
         with part_errors(PART, "does not run"):
-            logits, *present = self.session.run(["logits", *self.present_of.values()], feed)
-        cache.past = dict(zip(self.present_of, present, strict=True))
+            logits, *present = self.session.run(["logits", *self.fed_back.values()], feed)
+        cache.past = dict(zip(self.fed_back, present, strict=True))
         cache.mask = whole
         self._advance(cache, new, further)
         shape = (sequence.shape[0], self._kept(sequence, keep), self.vocab_size)
@@ -269,7 +278,8 @@ class DecoderSession:
 
     def _empty_past(self, batch: int) -> dict[str, Array]:
         shapes = {past: (batch, kept.heads, 0, kept.head_dim) for past, kept in self.kept.items()}
-        return {past: np.zeros(shape, self.kv_dtype) for past, shape in shapes.items()}
+        empty: dict[str, Array] = {past: np.zeros(shape, self.kv_dtype) for past, shape in shapes.items()}
+        return empty | empty_states(self.kv.states, batch, self.input_types)
 
 
 def static_width(logits: Any) -> int:

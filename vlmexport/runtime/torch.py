@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.runtime.protocol import (
     DEFAULT_RESERVE,
@@ -24,11 +25,16 @@ from vlmexport.runtime.protocol import (
     VisionFeatures,
     named_features,
     next_shift,
+    no_per_layer,
 )
+from vlmexport.runtime.torch_rows import RowCaches, decode_rows, prefill_rows
 from vlmexport.split.decoder import DecoderPart, text_decoder
 from vlmexport.split.deepstack import deepstack_added
+from vlmexport.split.expert_forms import with_packed_experts
 from vlmexport.split.features import feature_rows, find_feature_call
+from vlmexport.split.per_layer import TokenTables
 from vlmexport.split.places import fixed_rows
+from vlmexport.split.states import keeps_states
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -57,6 +63,9 @@ class TorchRunner:
         self.eos_token_ids = vlm.facts.eos_token_ids
         self._decoder = self._decoder_part()
         self.new_cache: Callable[[], DynamicCache] = DynamicCache
+        self._row_by_row = keeps_states(self._decoder.decoder)
+        if self._row_by_row:
+            self.new_cache = lambda: DynamicCache(config=self._decoder.decoder.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +101,13 @@ class TorchRunner:
         """Embeddings ``[batch, tokens, hidden]``."""
         return _array(self._call(self.model.get_input_embeddings(), torch.from_numpy(input_ids)))
 
+    def per_layer(self, input_ids: NDArray[np.int64]) -> Array:
+        """What the layers get of each token, by the split's tables."""
+        tables = self._part("embed_tokens").module
+        if not isinstance(tables, TokenTables):
+            raise no_per_layer(type(self.model).__name__)
+        return _array(self._call(tables.per_layer, torch.from_numpy(input_ids)))
+
     def prefill(
         self,
         inputs_embeds: Array,
@@ -103,12 +119,16 @@ class TorchRunner:
     ) -> tuple[Array, Cache]:
         """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
         del reserve
+        if len(attention_mask) > 1 and self._row_by_row:
+            return prefill_rows(self, inputs_embeds, attention_mask, keep, extras)
         mask = torch.from_numpy(attention_mask)
         cache = TorchCache(np.zeros(len(mask), np.int64), self.new_cache(), mask[:, :0])
         return self._forward(inputs_embeds, mask, cache, keep, extras), cache
 
     def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row; see `Runner.decode`."""
+        if isinstance(cache, RowCaches):
+            return decode_rows(self, inputs_embeds, cache, keep, extras)
         if not isinstance(cache, TorchCache):
             raise BadInputError(f"a {type(cache).__name__} is not a cache of this runner")
         mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64)
@@ -136,6 +156,7 @@ class TorchRunner:
                 inputs_embeds=embeds,
                 attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), embeds),
                 position_ids=self._tensor(positions),
+                **{PER_LAYER: rows for name, rows in tensors.items() if name == PER_LAYER},
                 past_key_values=cache.past,
                 use_cache=True,
             )
@@ -146,10 +167,11 @@ class TorchRunner:
         """Replace weights by name (``lm_head.weight``) and return the originals; give those back to restore.
 
         Only the named module's weight is replaced: a head that is tied to the embedding leaves the table as it is.
+        Experts' matrices ``[N, K]`` go by ``<packed parameter>.<expert>``; the original is the whole parameter.
         Raises `BadInputError` for an unknown name or another shape.
         """
         originals: dict[str, nn.Parameter] = {}
-        for name, value in weights.items():
+        for name, value in with_packed_experts(self.model, self._decoder.decoder, weights).items():
             module, leaf, original = self._find(name)
             if value.shape != original.shape:
                 raise BadInputError(f"{name} has shape {tuple(original.shape)}, not {tuple(value.shape)}")

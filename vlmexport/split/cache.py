@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.model.kv import KVGeometry, LayerKV
+from vlmexport.model.kv import KVGeometry, LayerKV, State
 from vlmexport.split.decoder import text_decoder
+from vlmexport.split.per_layer import text_arguments
+from vlmexport.split.sharing import find_sources
+from vlmexport.split.states import kept_states
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -21,7 +24,8 @@ def find_cache(vlm: VLM) -> KVGeometry:
     """Run the decoder on a few tokens and look at its cache.
 
     Raises `UnsupportedModelError` naming the first layer that keeps something else than keys and values
-    ``[B, kv heads, T, head dim]`` (the state of a convolution or of linear attention, keys of another shape, nothing).
+    ``[B, kv heads, T, head dim]`` or a state that `kept_states` knows (keys of another shape, nothing), or the family
+    when no layer at all keeps keys and values.
     """
     from transformers import DynamicCache
 
@@ -29,24 +33,32 @@ def find_cache(vlm: VLM) -> KVGeometry:
     past = DynamicCache(config=decoder.config)
     embeds = torch.zeros(1, _TOKENS, vlm.facts.hidden_size, dtype=decoder.dtype)
     with torch.no_grad():
-        decoder(inputs_embeds=embeds, past_key_values=past, use_cache=True)
+        decoder(inputs_embeds=embeds, past_key_values=past, use_cache=True, **text_arguments(decoder, 1, _TOKENS))
     kinds: Any = getattr(decoder.config.get_text_config(), "layer_types", None) or [""] * kv.layers
-    found = []
+    sources = find_sources(decoder)
+    found: list[LayerKV | None] = []
+    states: list[State] = []
     for index in range(kv.layers):
         layer = past.layers[index] if index < len(past.layers) else None
-        kind = f" ({kinds[index]})" if kinds[index] else ""
-        found.append(_layer_kv(f"{family}: layer {index}{kind}", layer))
+        what = f"{family}: layer {index}" + (f" ({kinds[index]})" if kinds[index] else "")
+        of_layer = kept_states(what, index, layer)
+        states += of_layer
+        keeps_none = index in sources or (of_layer and getattr(layer, "keys", None) is None)
+        found.append(None if keeps_none else _layer_kv(what, layer))
     if all(layer == LayerKV(kv.heads, kv.head_dim) for layer in found):
-        return kv
-    return dataclasses.replace(kv, per_layer=tuple(found))
+        return dataclasses.replace(kv, states=tuple(states))
+    if not any(found):
+        raise UnsupportedModelError(
+            f"{family}: no layer of the decoder keeps keys and values; such decoders are not supported yet"
+        )
+    return dataclasses.replace(kv, per_layer=tuple(found), states=tuple(states))
 
 
 def _layer_kv(what: str, layer: Any) -> LayerKV:
     tensors = [getattr(layer, name, None) for name in ("keys", "values")]
     if any(not isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise UnsupportedModelError(
-            f"{what} of the decoder keeps no keys and values of its own but another state, "
-            "or shares another layer's; only decoders that keep them in every layer are supported yet"
+            f"{what} of the decoder keeps no keys and values of its own, or a state of a form that is not supported yet"
         )
     keys, values = (tuple(tensor.shape) for tensor in tensors if tensor is not None)
     if len(keys) != 4 or keys != values or (keys[0], keys[2]) != (1, _TOKENS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -39,7 +41,7 @@ def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
     if not isinstance(epsilon, float) or names != ["weight"] or isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return None
     weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or _arguments(module) > 1:
         return None
     x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -50,3 +52,30 @@ def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
         if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max():
             return epsilon, offset
     return None
+
+
+def gated_rms_norm_of(module: nn.Module) -> float | None:
+    """Epsilon when `module` computes ``weight * x / rms(x) * silu(gate)`` of x and a gate of its shape, else None.
+
+    Found as `rms_norm_of` finds its own.
+    """
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    given = dict(module.named_parameters())
+    if not isinstance(epsilon, float) or given.keys() != {"weight"} or _arguments(module) != len(("x", "gate")):
+        return None
+    weight = given["weight"].detach().float()
+    if weight.ndim != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(3, len(weight), generator=generator) for _ in range(2))
+    with torch.no_grad():
+        got = torch.func.functional_call(module, {"weight": weight}, (x, gate))
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    expected = normed * weight * nn.functional.silu(gate)
+    return epsilon if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max() else None
+
+
+def _arguments(module: nn.Module) -> int:
+    """How many arguments a call of `module` must give."""
+    given = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)

@@ -11,14 +11,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.experts import ExpertEmitter, ExpertRegion, expert_ref, without_regions
+from vlmexport.lower.onnx.layer_rows import emit_layer_rows
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.regions import cut_regions
 from vlmexport.lower.onnx.rotation import Rotations
+from vlmexport.lower.onnx.shared_kv import SharedCall
+from vlmexport.lower.onnx.states import OPERATORS, StateEmitter, wide_nodes
 from vlmexport.lower.onnx.trace import TracedDecoder
 from vlmexport.lower.onnx.traced_values import linear_behind, linears_before, required, static, unrotated
 from vlmexport.lower.onnx.weights import typed_value
 from vlmexport.model.kv import KVGeometry
+from vlmexport.model.per_token import PER_LAYER
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -113,6 +118,14 @@ class Dialect(Protocol):
         """int64 ``[B, S]``: the positions that the trace takes. After the prologue."""
         ...
 
+    def last_valid(self, tape: Tape) -> ir.Value:
+        """int64 ``[B]``: index, among the new tokens, of each row's last one that is no padding. After the prologue."""
+        ...
+
+    def new_valid(self, tape: Tape) -> ir.Value:
+        """Bool ``[B, S]``: which of the new tokens are no padding. After the prologue."""
+        ...
+
     def kept_rows(self, tape: Tape, hidden: ir.Value, inputs: dict[str, ir.Value]) -> ir.Value:
         """The rows of the last hidden state ``[B, S, H]`` to compute logits for."""
         ...
@@ -123,6 +136,10 @@ class Dialect(Protocol):
 
     def attention(self, tape: Tape, call: AttentionCall) -> AttentionResult:
         """Attention over past and new positions."""
+        ...
+
+    def shared_attention(self, tape: Tape, call: SharedCall) -> ir.Value:
+        """Attention over the cache of an earlier layer, as ``[B, S, N * D]``."""
         ...
 
 
@@ -142,6 +159,7 @@ class DecoderAssembler:
     presents: list[ir.Value] = field(default_factory=list)
     weights: dict[ir.Value, str] = field(default_factory=dict)  # traced parameter that copied nodes read -> its name
     stored: dict[str, ir.Value] = field(default_factory=dict)  # name of such a parameter -> its initializer
+    wide: frozenset[ir.Node] = frozenset()  # traced nodes to compute in float32
     place: tuple[int, int] = (0, 0)  # the layer that is being emitted, and the traced one that stands for it
 
     def __post_init__(self) -> None:
@@ -160,7 +178,8 @@ class DecoderAssembler:
                 self.names[value] = inputs[value.name]
             else:
                 self.weights[value] = str(value.name)
-        regions = cut_regions(graph)
+        regions = cut_regions(graph, {kind: self.traced.layer_paths[kind] for kind in self.traced.kind_of})
+        self.states, self.wide = StateEmitter(self.tape, self.dialect, pasts), wide_nodes(graph)
         self._emit_all(regions.before, "before.", 0, 0, pasts)
         current: ir.Value | None = None
         for layer, kind in enumerate(self.traced.kind_of):
@@ -177,8 +196,10 @@ class DecoderAssembler:
 
     def _emit_all(self, nodes: list[ir.Node], prefix: str, layer: int, kind: int, pasts: dict[str, ir.Value]) -> None:
         self.place = (layer, kind)
-        for node in nodes:
-            if node.domain != DOMAIN:
+        for node in without_regions(nodes):
+            if isinstance(node, ExpertRegion):
+                self._experts(node, prefix)
+            elif node.domain != DOMAIN:
                 self._copy(node, prefix)
             elif node.op_type in ("LayerIn", "LayerOut", "Rotary"):
                 self.names[node.outputs[0]] = self._new(node.inputs[0])
@@ -196,6 +217,15 @@ class DecoderAssembler:
                 self._define(node.outputs[0], turned, prefix)
             elif node.op_type == "Attention":
                 self._attention(node, prefix, layer, kind, pasts)
+            elif node.op_type == "SharedAttention":
+                self._shared_attention(node, prefix, layer)
+            elif node.op_type == "LayerRows":
+                rows = emit_layer_rows(self.tape, self._new(node.inputs[0]), layer)
+                self._define(node.outputs[0], rows, prefix)
+            elif node.op_type in OPERATORS:
+                result, present = self.states.emit(node, [self._new(v) for v in node.inputs], layer)
+                self.presents.append(present)
+                self._define(node.outputs[0], result, prefix, result.dtype)
             else:
                 raise ValueError(f"unknown neutral operator {node.op_type}")
 
@@ -213,7 +243,8 @@ class DecoderAssembler:
     def _weight(self, name: str) -> ir.Value:
         """A parameter that a copied node reads, in the activation type."""
         if name not in self.stored:
-            self.stored[name] = self.linears.constant(name, self.linears.weights.tensor(name))
+            kind = ir.DataType.FLOAT if self.linears.stays_wide(name) else None
+            self.stored[name] = self.linears.constant(name, self.linears.weights.tensor(name), kind)
         return self.stored[name]
 
     def _constant(self, value: ir.Value) -> ir.Value:
@@ -241,7 +272,7 @@ class DecoderAssembler:
             self.names[node.outputs[0]] = self.flat[source]  # [B, S, N, D] back to [B, S, N * D]: never left it
             return
         inputs = [None if v is None else self._new(v) for v in node.inputs]
-        kind = self._float_kind(inputs)
+        kind = ir.DataType.FLOAT if node in self.wide else self._float_kind(inputs)
         inputs = [v if v is None or v.dtype not in _FLOATS else cast(self.tape, v, kind) for v in inputs]
         attributes = {a.name: a for a in node.attributes.values()}
         outputs = self.tape.op_multi_out(
@@ -249,6 +280,28 @@ class DecoderAssembler:
         )
         for old, new in zip(node.outputs, outputs, strict=True):
             self._define(old, new, prefix, kind)
+
+    def _experts(self, region: ExpertRegion, prefix: str) -> None:
+        """Every expert's own copy of a region, and what sends rows there and back."""
+
+        def one(tape: Tape, rows: ir.Value, expert: int) -> ir.Value:
+            outside, self.tape = self.tape, tape
+            own = f"{prefix}{region.name}.{expert}."
+            self.names[region.first.outputs[0]] = rows
+            for node in region.inside:
+                if (parameter := region.parameter(node)) is None:
+                    self._copy(node, own)
+                else:
+                    ref = expert_ref(node, self._weight_name(parameter, *self.place), expert)
+                    product = self.linears.emit(tape, self._new(node.inputs[0]), (ref,), ref.weight)
+                    self._define(node.outputs[0], product, own, product.dtype)
+            self.tape = outside
+            return self._new(region.last.inputs[0])
+
+        emitter = ExpertEmitter(self.tape, f"{prefix}{region.name}.", region, one)
+        rows, *routing = (self._new(v) for v in region.first.inputs)
+        out = emitter.emit(cast(self.tape, rows, self.float_type), routing)
+        self._define(region.last.outputs[0], cast(self.tape, out, self.float_type), prefix)
 
     def _float_kind(self, inputs: list[ir.Value | None]) -> ir.DataType:
         """Float type of a copied node: the widest of its operands; numbers made from integers start in float32."""
@@ -325,6 +378,28 @@ class DecoderAssembler:
         self._present(result.present_value, past[1], f"present.{layer}.value")
         self._output(node.outputs[0], result.output, heads, head_dim, prefix)
 
+    def _shared_attention(self, node: ir.Node, prefix: str, layer: int) -> None:
+        query, source = required(node.inputs[0]), node.attributes["source"].as_int()
+        if unrotated(query) is not query:
+            raise UnsupportedModelError(
+                "layers that read another layer's keys cannot rotate inside attention; use --attention standard"
+            )
+        kept = {value.name: value for value in self.presents}
+        call = SharedCall(
+            query=cast(self.tape, self._new(query), self.float_type),
+            key=kept[f"present.{source}.key"],
+            value=kept[f"present.{source}.value"],
+            heads=static(query, 1),
+            kv_heads=node.attributes["kv_heads"].as_int(),
+            head_dim=static(query, 3),
+            scale=node.attributes["scale"].as_float(),
+            softcap=node.attributes["softcap"].as_float(),
+            window=node.attributes["window"].as_int(),
+            layer=layer,
+        )
+        result = self.dialect.shared_attention(self.tape, call)
+        self._output(node.outputs[0], result, call.heads, call.head_dim, prefix)
+
     def _rotates(self, query: ir.Value, key: ir.Value) -> bool:
         """Was the rotary embedding of this attention taken out? Refuses what does not rotate just before attention."""
         marked = unrotated(query) is not query, unrotated(key) is not key
@@ -386,6 +461,9 @@ def assemble_decoder(
         )
         for name, kept in kv.pasts().items()
     }
+    for state in kv.states:
+        stored = ir.DataType.FLOAT if state.dtype == "float32" else kind
+        pasts[state.past] = typed_value(state.past, stored, ["batch_size", *state.shape])
     dialect.prologue(build.tape, inputs, next(iter(pasts.values())))
     embeds, positions = inputs["inputs_embeds"], dialect.positions(inputs)
     hidden = build.hidden_states({**inputs, "inputs_embeds": embeds, "position_ids": positions}, pasts)
@@ -410,7 +488,7 @@ def _with_further_inputs(inputs: dict[str, ir.Value], traced: TracedDecoder, kin
         dims = [d if isinstance(d, int) else str(d) for d in required(value.shape)]
         if value.name == "position_ids" and len(dims) > 2 and "position_ids" in made:
             made["position_ids"].shape = ir.Shape(dims)
-        elif value.name == "deepstack_embeds":
+        elif value.name in ("deepstack_embeds", PER_LAYER):
             made[value.name] = typed_value(value.name, kind, dims)
     return made
 

@@ -12,6 +12,19 @@ whole-model parameter name and carry no data, so a trace is small and independen
 - ``Rotation(x, cos, sin) -> y``: rotary positions of x ``[batch, heads, sequence, head_dim]`` by tables ``[batch,
   sequence, width]`` that hold every number twice; attributes `interleaved` (pairs are neighbours, not half a width
   apart) and `doubled` (``halves`` or ``neighbours``: where in the tables a number's second place is)
+- ``ConvState(x) -> y``: inputs ``[batch, channels, sequence]`` of a causal convolution behind the last `kernel` ones
+  before them, ``[batch, channels, kernel + sequence]``; attributes `layer`, `kernel`
+- ``DeltaRule(q, k, v, g, beta) -> out``: linear attention by the gated delta rule, see `states.delta_rule`; attributes
+  `layer`, `scale`, `normalized`
+- ``ExpertIn(rows, chosen, weights) -> x`` (or ``ExpertIn(rows)``, all experts' rows one after the other): the rows of
+  one expert; attribute `experts`, their number. What lies between it and ``ExpertOut`` is done for every expert
+- ``ExpertLinear(x) -> y``: a product with one expert's matrix; attributes `weight` (of the packed parameter),
+  `in_features`, `out_features`
+- ``ExpertOut(y, rows, chosen, weights) -> out`` (or ``ExpertOut(y, rows)``): the experts' results back in the order of
+  `rows`, weighted and added where each row went to several
+- ``SharedAttention(q) -> out``: ``Attention`` over the cache of layer `source` as it is after the new tokens; attributes
+  `layer`, `source`, `kv_heads`, `scale`, `softcap`, `window`
+- ``LayerRows(rows, hidden) -> x``: of ``rows [batch, sequence, layers, width]`` the decoder layer's own, behind `hidden`
 - ``LayerIn(x) -> x``, ``LayerOut(x) -> x``: brackets around decoder layer `layer`
 """
 
@@ -58,10 +71,50 @@ def attention(
     return _symbolic("Attention", [query, key, value], attrs, [batch, length, heads, head_dim])
 
 
+def shared_attention(query: torch.Tensor, **attributes: int | float) -> torch.Tensor:
+    """Emit ``SharedAttention`` of one layer for queries ``[batch, heads, sequence, head_dim]``."""
+    batch, heads, length, head_dim = query.shape
+    return _symbolic("SharedAttention", [query], dict(attributes), [batch, length, heads, head_dim])
+
+
+def layer_rows(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Emit ``LayerRows`` inside the layer that `hidden` belongs to."""
+    batch, length, _, width = rows.shape
+    return _symbolic("LayerRows", [rows, hidden], {}, [batch, length, width])
+
+
 def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, doubled: str) -> torch.Tensor:
     """Emit ``Rotation`` of queries or keys."""
     attrs = {"interleaved": int(interleaved), "doubled": doubled}
     return _symbolic("Rotation", [x, cos, sin], attrs, list(x.shape))
+
+
+def conv_state(x: torch.Tensor, layer: int, kernel: int) -> torch.Tensor:
+    """Emit ``ConvState`` for the new inputs ``[batch, channels, sequence]`` of a convolution."""
+    batch, channels, length = x.shape
+    return _symbolic("ConvState", [x], {"layer": layer, "kernel": kernel}, [batch, channels, length + kernel])
+
+
+def delta_rule(tensors: list[torch.Tensor], layer: int, scale: float, normalized: bool) -> torch.Tensor:
+    """Emit ``DeltaRule`` of one layer; the state and the padding are added when it is assembled."""
+    attrs = {"layer": layer, "scale": scale, "normalized": int(normalized)}
+    return _symbolic("DeltaRule", tensors, attrs, list(tensors[2].shape))
+
+
+def expert_in(given: list[torch.Tensor], experts: int) -> torch.Tensor:
+    """Emit ``ExpertIn``; the number of rows of one expert is not known, that of all stands for it."""
+    return _symbolic("ExpertIn", given, {"experts": experts}, list(given[0].shape))
+
+
+def expert_linear(x: torch.Tensor, weight: str, in_features: int, out_features: int) -> torch.Tensor:
+    """Emit ``ExpertLinear``; x is ``[rows, in_features]``."""
+    attrs = {"weight": weight, "in_features": in_features, "out_features": out_features}
+    return _symbolic("ExpertLinear", [x], attrs, [*x.shape[:-1], out_features])
+
+
+def expert_out(y: torch.Tensor, given: list[torch.Tensor], experts: int) -> torch.Tensor:
+    """Emit ``ExpertOut`` for what was `given` to ``ExpertIn``."""
+    return _symbolic("ExpertOut", [y, *given], {"experts": experts}, [*given[0].shape[:-1], y.shape[-1]])
 
 
 def bracket(x: torch.Tensor, op: str, layer: int) -> torch.Tensor:

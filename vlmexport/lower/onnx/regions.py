@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -19,9 +20,12 @@ class Regions:
     after: list[ir.Node]
 
 
-def cut_regions(graph: ir.Graph) -> Regions:
-    """Cut `graph` at its layer brackets; refuses work between two layers, which a repetition would lose."""
-    kind_of: dict[ir.Value, int] = {}
+def cut_regions(graph: ir.Graph, paths: Mapping[int, str] | None = None) -> Regions:
+    """Cut `graph` at its layer brackets; refuses work between two layers, which a repetition would lose.
+
+    `paths` are the whole-model paths of the traced layers: what reads a layer's parameter alone belongs to it as well.
+    """
+    kind_of = {v: kind for kind, path in (paths or {}).items() for v in graph.inputs if _below(v, path)}
     done: set[ir.Value] = set()
     _check_rotary(graph)
     regions = Regions([], {}, [])
@@ -29,15 +33,17 @@ def cut_regions(graph: ir.Graph) -> Regions:
         inside = {kind_of[v] for v in node.inputs if v in kind_of}
         if node.domain == DOMAIN and node.op_type == "LayerIn":
             source = node.inputs[0]
-            if regions.templates and not _is_bracket(source, "LayerOut"):
+            if done and not _is_bracket(source, "LayerOut"):
                 raise UnsupportedModelError("the decoder works between its layers; such layers cannot be repeated")
-            inside = {node.attributes["layer"].as_int()}
-            regions.templates[min(inside)] = []
+            kind = node.attributes["layer"].as_int()
+            regions.templates.setdefault(kind, []).insert(0, node)
+            kind_of.update(dict.fromkeys(node.outputs, kind))
+            continue
         if len(inside) > 1:
             raise UnsupportedModelError("a decoder layer reads a value from inside another layer")
         if inside:
             kind = min(inside)
-            regions.templates[kind].append(node)
+            regions.templates.setdefault(kind, []).append(node)
             leaves = node.domain == DOMAIN and node.op_type == "LayerOut"
             done.update(node.outputs if leaves else ())
             kind_of.update({} if leaves else dict.fromkeys(node.outputs, kind))
@@ -64,3 +70,7 @@ def _check_rotary(graph: ir.Graph) -> None:
 def _is_bracket(value: ir.Value | None, op: str) -> bool:
     node = value.producer() if value is not None else None
     return node is not None and node.domain == DOMAIN and node.op_type == op
+
+
+def _below(value: ir.Value, path: str) -> bool:
+    return str(value.name).startswith(f"{path}.")

@@ -80,11 +80,12 @@ def find_rotary(decoder: Any, layers: Sequence[nn.Module], axes: int) -> Rotary 
     Positions on several `axes`, and tables that differ from layer to layer, are for an operator in front of it. Raises
     `UnsupportedModelError` as `probe_rotary`.
     """
+    layer = next((layer for layer in layers if _attention(layer) is not None), layers[0])
     if axes > 1:
-        return probe_operator(decoder, layers[0], axes)
-    if _rotary_call(decoder, layers[0])[1] <= _TABLE_ARGUMENTS:
-        return probe_rotary(decoder, layers[0])
-    apply, modeling, head_dim = _function(decoder, layers[0])
+        return probe_operator(decoder, layer, axes)
+    if _rotary_call(decoder, layer)[1] <= _TABLE_ARGUMENTS:
+        return probe_rotary(decoder, layer)
+    apply, modeling, head_dim = _function(decoder, layer)
     forms = {_form(apply, head_dim, cos, sin) for cos, sin in _reached_tables(decoder, layers)}
     form = forms.pop() if len(forms) == 1 else None
     if form is None:
@@ -151,12 +152,17 @@ def _once(table: torch.Tensor, doubled: str) -> torch.Tensor:
 
 def _function(decoder: Any, layer: nn.Module) -> tuple[Callable[..., Any], str, int]:
     """The function that rotates queries and keys, the module that it is in, and the size of a head."""
-    attention = next((m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")), None)
+    attention = _attention(layer)
     modeling = type(attention).__module__ if attention is not None else ""
     apply = getattr(sys.modules.get(modeling), _FUNCTION, None)
     if apply is None:
         raise _refusal(decoder, f"its attention does not call {_FUNCTION}")
     return apply, modeling, int(getattr(attention, "head_dim", 0))
+
+
+def _attention(layer: nn.Module) -> nn.Module | None:
+    """The attention of a layer; None for one that has none."""
+    return next((m for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")), None)
 
 
 def probe_rotary(decoder: Any, layer: nn.Module) -> Rotary:

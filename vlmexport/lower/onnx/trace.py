@@ -12,7 +12,7 @@ import functools
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,20 @@ import torch
 from torch import nn
 
 from vlmexport.lower.onnx import neutral
+from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
+from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
 from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, find_rotary
+from vlmexport.lower.onnx.state_trace import traced_states
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.expert_forms import find_expert_forms
 from vlmexport.split.kinds import proven_kinds
 from vlmexport.split.layers import find_layers, overridden
+from vlmexport.split.matrices import is_plain_linear
 from vlmexport.split.names import module_path
-from vlmexport.split.norms import layer_norm_of, rms_norm_of
+from vlmexport.split.norms import gated_rms_norm_of, layer_norm_of, rms_norm_of
+from vlmexport.split.per_layer import text_arguments
+from vlmexport.split.sharing import find_sources
 
 
 @dataclass(frozen=True)
@@ -55,16 +63,21 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     decoder: Any = part.decoder
     attribute, layers = find_layers(decoder)
     paths = tuple(module_path(model, layer) for layer in layers)
-    kind_of = _kinds(decoder, layers, part.deepstack_layers) if repeat else tuple(range(len(layers)))
+    sources = find_sources(decoder)
+    kind_of = _kinds(decoder, layers, part.deepstack_layers, sources) if repeat else tuple(range(len(layers)))
     axes = part.position_axes
     rotary = find_rotary(decoder, list(layers), axes) if fuse_rotary else None
     deepstack = _Deepstack()
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
-        stack.enter_context(_neutral_attention(decoder))
+        stack.enter_context(_neutral_attention(decoder, sources))
+        rows = stack.enter_context(layer_rows_kept(decoder))
         if rotary is not None:
             stack.enter_context(rotary.emitted())
-        stack.enter_context(_only_layers(decoder, attribute, sorted(set(kind_of)), deepstack))
+        indices = sorted(set(kind_of))
+        stack.enter_context(_only_layers(decoder, attribute, indices, deepstack, rows))
+        if stateful := [layers[i] for i in indices if part.kv is not None and part.kv.states_of(i)]:
+            stack.enter_context(traced_states(stateful))
         trunk = _Trunk(decoder, deepstack)
         graph = _export(model, trunk, _trace_inputs(decoder, axes, part.deepstack_layers))
     return TracedDecoder(graph, kind_of, paths, rotary)
@@ -81,16 +94,18 @@ class _Deepstack:
         return hidden if self.embeds is None or layer >= len(self.embeds) else hidden + self.embeds[layer]
 
 
-def _kinds(decoder: Any, layers: nn.ModuleList, deepstack_layers: int) -> tuple[int, ...]:
-    """`proven_kinds`, but a layer that something is added behind stands for itself alone."""
-    kinds = proven_kinds(decoder, layers)
-    first: dict[int, int] = {}
+def _kinds(decoder: Any, layers: nn.ModuleList, deepstack_layers: int, sources: Mapping[int, int]) -> tuple[int, ...]:
+    """`proven_kinds`, but a layer that something is added behind stands for itself alone, and by what layers read."""
+    kinds = [(kind, sources.get(index)) for index, kind in enumerate(proven_kinds(decoder, layers))]
+    first: dict[tuple[int, int | None], int] = {}
     alone = tuple(range(deepstack_layers))
     return alone + tuple(first.setdefault(kinds[i], i) for i in range(deepstack_layers, len(kinds)))
 
 
 @contextmanager
-def _only_layers(decoder: nn.Module, attribute: str, indices: list[int], deepstack: _Deepstack) -> Iterator[None]:
+def _only_layers(
+    decoder: nn.Module, attribute: str, indices: list[int], deepstack: _Deepstack, rows: LayerRows
+) -> Iterator[None]:
     layers = getattr(decoder, attribute)
     config: Any = decoder.config
     text = config.get_text_config()
@@ -101,7 +116,7 @@ def _only_layers(decoder: nn.Module, attribute: str, indices: list[int], deepsta
         text.layer_types = [types[i] for i in indices]
     with ExitStack() as stack:
         for i in indices:
-            stack.enter_context(overridden(layers[i], _bracketed(layers[i], i, deepstack)))
+            stack.enter_context(overridden(layers[i], _bracketed(layers[i], i, deepstack, rows)))
         try:
             yield
         finally:
@@ -111,11 +126,13 @@ def _only_layers(decoder: nn.Module, attribute: str, indices: list[int], deepsta
                 text.layer_types = types
 
 
-def _bracketed(layer: nn.Module, index: int, deepstack: _Deepstack) -> Callable[..., Any]:
+def _bracketed(layer: nn.Module, index: int, deepstack: _Deepstack, rows: LayerRows) -> Callable[..., Any]:
     forward = layer.forward
 
     def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = forward(neutral.bracket(hidden, "LayerIn", index), *args, **kwargs)
+        inside = neutral.bracket(hidden, "LayerIn", index)
+        args, kwargs = rows.given(layer, inside, args, kwargs)
+        out = forward(inside, *args, **kwargs)
         result = deepstack.added(out[0] if isinstance(out, tuple) else out, index)
         result = neutral.bracket(result, "LayerOut", index)
         return (result, *out[1:]) if isinstance(out, tuple) else result
@@ -126,20 +143,33 @@ def _bracketed(layer: nn.Module, index: int, deepstack: _Deepstack) -> Callable[
 @contextmanager
 def _neutral_modules(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
     paths = {id(m): path for path, m in model.named_modules()}
+    experts = find_expert_forms(decoder)
     with ExitStack() as stack:
+        stack.enter_context(float_routers(model, decoder))
         for module in decoder.modules():
             path = paths[id(module)]
-            if isinstance(module, nn.Linear):
+            if module in experts:
+                stack.enter_context(overridden(module, expert_region(module, experts[module], path)))
+            elif is_plain_linear(module):
                 stack.enter_context(overridden(module, _linear(module, path)))
             elif (norm := rms_norm_of(module)) is not None:
                 epsilon, offset = norm
                 forward = functools.partial(neutral.rms_norm, weight=f"{path}.weight", epsilon=epsilon, offset=offset)
                 stack.enter_context(overridden(module, forward))
+            elif (gated := gated_rms_norm_of(module)) is not None:
+                stack.enter_context(overridden(module, _gated_norm(f"{path}.weight", gated)))
             elif (norm := layer_norm_of(module)) is not None:
                 bias = f"{path}.bias" if norm[1] else ""
                 forward = functools.partial(neutral.layer_norm, weight=f"{path}.weight", bias=bias, epsilon=norm[0])
                 stack.enter_context(overridden(module, forward))
         yield
+
+
+def _gated_norm(weight: str, epsilon: float) -> Callable[..., torch.Tensor]:
+    def forward(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return neutral.rms_norm(x, weight, epsilon, 0.0) * nn.functional.silu(gate)
+
+    return forward
 
 
 def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
@@ -153,22 +183,22 @@ def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
 
 
 @contextmanager
-def _neutral_attention(decoder: Any) -> Iterator[None]:
+def _neutral_attention(decoder: Any, sources: Mapping[int, int]) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, **kwargs: Any) -> Any:
         scale = kwargs.get("scaling")
         softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-        out = neutral.attention(
-            query,
-            key,
-            value,
-            layer=module.layer_idx,
-            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-            softcap=float(softcap or 0.0),
-            window=-1 if window is None else int(window),
-        )
-        return out, None
+        layer: int = module.layer_idx
+        settings = {
+            "scale": float(query.shape[-1] ** -0.5 if scale is None else scale),
+            "softcap": float(softcap or 0.0),
+            "window": -1 if window is None else int(window),
+        }
+        if layer in sources:
+            shared = {"layer": layer, "source": sources[layer], "kv_heads": int(key.shape[1])}
+            return neutral.shared_attention(query, **shared, **settings), None
+        return neutral.attention(query, key, value, layer, **settings), None
 
     AttentionInterface.register("vlmexport_trace", attend)
     # The mask itself is written by the dialect; split/decoder.py has checked that it is the causal one.
@@ -188,10 +218,15 @@ class _Trunk(nn.Module):
         self.deepstack = deepstack
 
     def forward(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, deepstack_embeds: torch.Tensor | None = None
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        deepstack_embeds: torch.Tensor | None = None,
+        per_layer_inputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.deepstack.embeds = deepstack_embeds
-        out = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+        given = {} if per_layer_inputs is None else {PER_LAYER: per_layer_inputs}
+        out = self.decoder(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **given)
         hidden: torch.Tensor = out.last_hidden_state
         return hidden
 
@@ -215,6 +250,8 @@ def _trace_inputs(decoder: Any, axes: int, deepstack_layers: int) -> _TraceInput
     if deepstack_layers:
         inputs.tensors["deepstack_embeds"] = torch.zeros(deepstack_layers, 2, 3, hidden)
         inputs.batch_axes["deepstack_embeds"] = 1
+    for name, tensor in text_arguments(decoder, 2, 3).items():
+        inputs.tensors[name], inputs.batch_axes[name] = tensor, 0
     return inputs
 
 

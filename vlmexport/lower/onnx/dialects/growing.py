@@ -44,6 +44,10 @@ class GrowingCache:
         """int64 ``[B]``: index, among the new positions, of each row's last valid one."""
         raise NotImplementedError
 
+    def new_valid(self, tape: Tape) -> ir.Value:
+        """Bool ``[B, S]``: which of the new tokens are no padding."""
+        raise NotImplementedError
+
     def kept_rows(self, tape: Tape, hidden: ir.Value, inputs: dict[str, ir.Value]) -> ir.Value:
         """Rows of `hidden` ``[B, S, H]`` to compute logits for: all (0 to keep), or the last valid ones per row."""
         count, last = inputs["num_logits_to_keep"], self.last_valid(tape)

@@ -20,6 +20,7 @@ from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visibl
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter
 from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator
+from vlmexport.lower.onnx.shared_kv import SharedCall, no_keys
 from vlmexport.quantize.kv_cache import CachePeaks
 from vlmexport.split.masks import BlockMasks
 
@@ -67,6 +68,7 @@ class OrtDialect(GrowingCache):
             "seqlens_k": tape.op("Cast", [last], {"to": int(ir.DataType.INT32)}),
             "total": tape.op("Cast", [total], {"to": int(ir.DataType.INT32)}),
             "last_valid": tape.op("Max", [tape.op("Sub", [last, past]), zero]),
+            "length": length,
         }
         if isinstance(self.rotary, Rotary):
             self.shared["cos"] = self.linears.constant("rotary.cos", self.rotary.cos)
@@ -105,6 +107,13 @@ class OrtDialect(GrowingCache):
     def last_valid(self, tape: Tape) -> ir.Value:
         """Last valid new position of each row; a ragged decode step has only one, index 0."""
         return self.shared["last_valid"]
+
+    def new_valid(self, tape: Tape) -> ir.Value:
+        """Everything up to a row's last valid new token: padding is on the right."""
+        zero, one = (tape.initializer(ir.tensor(n, dtype=ir.DataType.INT64, name=f"new.{n}")) for n in (0, 1))
+        axis = tape.initializer(ir.tensor([1], dtype=ir.DataType.INT64, name="new.axis"))
+        places = tape.op("Range", [zero, self.shared["length"], one])
+        return tape.op("LessOrEqual", [places, tape.op("Unsqueeze", [self.shared["last_valid"], axis])])
 
     def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
         """Skip form when `x` is a fresh sum: one kernel adds and norms, and hands the sum on as output 3."""
@@ -157,6 +166,24 @@ class OrtDialect(GrowingCache):
             num_outputs=3,
         )
         return AttentionResult(outputs[0], outputs[1], outputs[2])
+
+    def shared_attention(self, tape: Tape, call: SharedCall) -> ir.Value:
+        """GroupQueryAttention whose past is the other layer's cache, without new keys and without an own cache."""
+        width, shared = call.kv_heads * call.head_dim, self.shared
+        query = _flatten_heads(tape, call.query, call.heads * call.head_dim)
+        none = no_keys(tape, call.query, width)
+        lengths = [shared["seqlens_k"], shared["total"]]
+        bias: list[ir.Value | None] = []
+        masking = {"local_window_size": call.window}
+        if self.blocks is not None:
+            bias, masking = [None, None, None, self._bias(tape, call.window)], {"causal": 0}
+        settings = {"num_heads": call.heads, "kv_num_heads": call.kv_heads, **masking}
+        return tape.op(
+            "GroupQueryAttention",
+            [query, none, none, call.key, call.value, *lengths, *bias],
+            {**settings, "scale": call.scale, "softcap": call.softcap},
+            domain=MICROSOFT,
+        )
 
     def _bias(self, tape: Tape, window: int) -> ir.Value:
         """Attention bias ``[B, 1, S, T]`` of the activation type for a window (-1: none), made once."""

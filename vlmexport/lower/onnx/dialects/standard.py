@@ -15,6 +15,7 @@ from onnx_ir.tape import Tape
 from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
+from vlmexport.lower.onnx.shared_kv import SharedCall, over_cache
 from vlmexport.split.masks import BlockMasks
 
 _INT64 = ir.DataType.INT64
@@ -46,7 +47,7 @@ class StandardDialect(GrowingCache):
         causal = tape.op("LessOrEqual", [keys, queries])
         slots = tape.op("Mul", [mask, keys])
         last = tape.op("ReduceMax", [slots, column], {"keepdims": 0})
-        self.shared = {"keys": keys, "queries": queries, "valid": valid, "causal": causal}
+        self.shared = {"keys": keys, "queries": queries, "valid": valid, "causal": causal, "mask": mask, "past": past}
         if self.blocks is not None:
             self._blocks(tape, inputs, past)
         self.shared["last_valid"] = tape.op("Max", [tape.op("Sub", [last, past]), zero])
@@ -68,6 +69,16 @@ class StandardDialect(GrowingCache):
         """Index of each row's last valid new position."""
         return self.shared["last_valid"]
 
+    def new_valid(self, tape: Tape) -> ir.Value:
+        """The mask of the new tokens."""
+        axis = tape.initializer(ir.tensor([0], dtype=_INT64, name="new.axis"))
+        last = tape.initializer(ir.tensor([2**62], dtype=_INT64, name="new.end"))
+        axes = tape.initializer(ir.tensor([1], dtype=_INT64, name="new.axes"))
+        first = tape.op("Unsqueeze", [self.shared["past"], axis])
+        return tape.op(
+            "Cast", [tape.op("Slice", [self.shared["mask"], first, last, axes])], {"to": int(ir.DataType.BOOL)}
+        )
+
     def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
         """RMSNormalization (opset 23), computed in FP32 whatever the activation type."""
         return tape.op("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1}), None
@@ -84,6 +95,10 @@ class StandardDialect(GrowingCache):
         shape = tape.initializer(ir.tensor([0, 0, width], dtype=_INT64, name=f"{call.past_key.name}.flat_shape"))
         flat = tape.op("Reshape", [tape.op("Transpose", [outputs[0]], {"perm": [0, 2, 1, 3]}), shape])
         return AttentionResult(flat, outputs[1], outputs[2])
+
+    def shared_attention(self, tape: Tape, call: SharedCall) -> ir.Value:
+        """Attention (opset 23) over the other layer's whole cache."""
+        return over_cache(tape, call, self._mask(tape, call.window))
 
     def _mask(self, tape: Tape, window: int) -> ir.Value:
         """Boolean ``[B, 1, S, T]`` for a window (-1: none), made once."""

@@ -18,6 +18,7 @@ from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import same_block, visible
 from vlmexport.lower.onnx.linear import LinearEmitter, cast, dtype_of
 from vlmexport.lower.onnx.rotary import Rotary
+from vlmexport.lower.onnx.shared_kv import SharedCall
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import typed_value
 from vlmexport.split.masks import BlockMasks
@@ -126,6 +127,17 @@ class TensorRTDialect:
         kept.type = hidden.type
         return kept
 
+    def last_valid(self, tape: Tape) -> ir.Value:
+        """Raises `UnsupportedModelError`: nothing in the static form tells padding from tokens."""
+        raise UnsupportedModelError(
+            "layers that keep a state (a convolution, linear attention) have no static form; `vlmexport onnx` writes a "
+            "form of this model for ONNX Runtime"
+        )
+
+    def new_valid(self, tape: Tape) -> ir.Value:
+        """As `last_valid`."""
+        return self.last_valid(tape)
+
     def rms_norm(self, tape: Tape, x: ir.Value, weight: ir.Value, epsilon: float) -> tuple[ir.Value, ir.Value | None]:
         """RMSNormalization of float32 values."""
         return tape.op("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon}), None
@@ -148,6 +160,13 @@ class TensorRTDialect:
         shape = tape.initializer(ir.tensor([0, 0, width], dtype=_INT64, name=f"layers.{call.layer}.attention.shape"))
         flat = tape.op("Reshape", [tape.op("Transpose", [out], {"perm": [0, 2, 1, 3]}), shape])
         return AttentionResult(flat, key, value)
+
+    def shared_attention(self, tape: Tape, call: SharedCall) -> ir.Value:
+        """Raises `UnsupportedModelError`: the static form has not been proven for it."""
+        raise UnsupportedModelError(
+            f"layer {call.layer} of the decoder reads another layer's keys and values, which the static form cannot do "
+            "yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
 
     def _write(self, tape: Tape, past: ir.Value, new: ir.Value) -> ir.Value:
         return tape.op("TensorScatter", [past, new, self.shared["write_indices"]], {"axis": -2, "mode": "linear"})
