@@ -61,7 +61,7 @@ def test_the_next_position_follows_the_largest_valid_one() -> None:
 
 
 def test_an_unknown_further_input_is_refused() -> None:
-    spec = MergeSpec(1, extras=("per_layer_inputs",))
+    spec = MergeSpec(1, extras=("other_inputs",))
     ids = np.zeros((1, 2), np.int64)
-    with pytest.raises(BadInputError, match="the decoder needs per_layer_inputs, which this version cannot make"):
+    with pytest.raises(BadInputError, match="the decoder needs other_inputs, which this version cannot make"):
         further_inputs(spec, [ModelInputs(ids)], np.zeros((1, 2, 2)), ids, None)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlmexport.model.load import load_vlm
-from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked, token_inputs
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.protocol import ModelInputs, PartOutputError, require_right_padding
 from vlmexport.runtime.torch import TorchRunner
@@ -60,7 +60,7 @@ class Broken:
 
 
 def lowering(gate, runner, embeds, *, exact=None, shipped=None):
-    subjects = DecoderSubjects(exact or runner, shipped or runner, runner, runner.embed)
+    subjects = DecoderSubjects(exact or runner, shipped or runner, runner, lambda ids: token_inputs(runner, ids))
     return check_lowering(gate, subjects, embeds, LIMITS)
 
 

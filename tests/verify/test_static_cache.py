@@ -63,9 +63,13 @@ def changed(folder, change):
     return Runner(path)
 
 
+def embedded(ids):
+    return DecoderInputs(Runner.embed(ids))
+
+
 def judged(runner, reference):
     gate = Gate()
-    subjects = DecoderSubjects(runner, runner, reference, Runner.embed)
+    subjects = DecoderSubjects(runner, runner, reference, embedded)
     check_lowering(gate, subjects, EMBEDS, LIMITS)
     check_consistency(gate, runner, EMBEDS, REL, left_pad=False)
     check_overfull(gate, runner, EMBEDS["short"], SHAPE.cache)
@@ -141,9 +145,9 @@ def test_a_runner_that_writes_behind_the_end_fails(sound):
         def prefill(self, embeds, mask, keep=1, *, reserve=64):
             return sound.prefill(embeds[:, : SHAPE.cache], mask[:, : SHAPE.cache], keep)
 
-        def decode(self, embeds, cache, keep=1):
+        def decode(self, embeds, cache, keep=1, *, extras=None):
             cache.lengths = np.minimum(cache.lengths, SHAPE.cache - 1)
-            return sound.decode(embeds, cache, keep)
+            return sound.decode(embeds, cache, keep, extras=extras)
 
     gate = Gate()
     check_overfull(gate, Careless(), EMBEDS["short"], SHAPE.cache)
@@ -166,7 +170,7 @@ def test_what_does_not_fit_is_not_run_and_never_passed(sound):
     assert [(c.name, c.status) for c in gate.checks] == [("decoder/prefill[wide]", "not_run")]
     assert "25 tokens and 16 of an answer do not fit the static cache of 30" in gate.checks[0].reason
     short = replace(LIMITS, capacity=68)
-    check_lowering(gate, DecoderSubjects(sound, sound, sound, Runner.embed), {"wide": EMBEDS["wide"]}, short)
+    check_lowering(gate, DecoderSubjects(sound, sound, sound, embedded), {"wide": EMBEDS["wide"]}, short)
     (steps,) = [c for c in gate.checks if c.name == "decoder/decode"]
     assert steps.status == "not_run"
     assert "no room for 64 steps behind a prompt of 25" in steps.reason
@@ -192,7 +196,7 @@ def test_where_all_prompts_are_equally_long_a_batch_is_padded_all_the_same(sound
     for runner, red in ((Watched(), set()), (Watched(blind=True), {"decoder/ragged_batch", "decoder/exact_kl"})):
         gate = Gate()
         check_consistency(gate, runner, embeds, REL, left_pad=False)
-        check_lowering(gate, DecoderSubjects(runner, sound, sound, Runner.embed), embeds, LIMITS)
+        check_lowering(gate, DecoderSubjects(runner, sound, sound, embedded), embeds, LIMITS)
         assert padded and all(row == [12, 25] for row in padded if row != [25, 25])
         assert [12, 25] in padded
         assert {c.name for c in gate.checks if c.status == "failed"} == red
@@ -204,7 +208,7 @@ def test_where_all_prompts_are_equally_long_a_batch_is_padded_all_the_same(sound
 def test_a_padding_check_that_could_see_no_padding_is_not_run(sound):
     gate = Gate()
     one = {"one": EMBEDS["short"].tokens(0, 1)}
-    check_lowering(gate, DecoderSubjects(sound, sound, sound, Runner.embed), one, LIMITS)
+    check_lowering(gate, DecoderSubjects(sound, sound, sound, embedded), one, LIMITS)
     check_consistency(gate, sound, one, REL, left_pad=False)
     names = ("ragged_batch", "padding_guard", "right_padding")
     found = {c.name: c for c in gate.checks}

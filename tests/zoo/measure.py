@@ -27,7 +27,7 @@ from vlmexport.model.load import VLM
 from vlmexport.plan import OnnxOptions
 from vlmexport.quantize.scheme import make_scheme
 from vlmexport.quantize.weights import DecoderWeights
-from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.decoder_inputs import merged_inputs, token_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
@@ -172,8 +172,8 @@ def compared(zooed: Zooed, ours: OnnxRunner, theirs: TorchRunner) -> float:
         (reference, cache), (logits, past) = (wanted.prefill(runner, mask, 0) for runner in (theirs, ours))
         worst = max(worst, relative(logits, reference))
         for _ in range(STEPS):
-            token = theirs.embed(reference[:, -1:].argmax(-1).astype(np.int64))
-            reference, logits = theirs.decode(token, cache), ours.decode(token, past)
+            token = token_inputs(theirs, reference[:, -1:].argmax(-1).astype(np.int64))
+            reference, logits = token.decode(theirs, cache), token.decode(ours, past)
             worst = max(worst, relative(logits, reference))
     return worst
 

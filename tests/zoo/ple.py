@@ -1,6 +1,6 @@
 """Tiny checkpoints whose layers get inputs of their own for each token, and whose last layers read others' keys.
 
-Windows are shorter than the prompts; kinds of layers differ in heads and in how wide those are. Inputs are made by hand.
+Windows are shorter than the prompts; kinds of layers differ in how wide heads are. Inputs are made by hand.
 """
 
 from __future__ import annotations

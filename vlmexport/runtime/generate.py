@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError
-from vlmexport.runtime.decoder_inputs import with_features
+from vlmexport.runtime.decoder_inputs import token_inputs, with_features
 from vlmexport.runtime.protocol import ModelInputs, Runner
 from vlmexport.runtime.sampling import Sampling, choose
 from vlmexport.runtime.text import TextStream
@@ -186,7 +186,7 @@ def generate_steps(
         if ended.all() or step + 1 == sampling.max_new_tokens:
             return
         start = time.perf_counter()
-        logits = runner.decode(runner.embed(np.array(chosen, np.int64)[:, None]), cache)
+        logits = token_inputs(runner, np.array(chosen, np.int64)[:, None]).decode(runner, cache)
         timings.decode_ms.append(1000 * (time.perf_counter() - start))
 
 

@@ -19,6 +19,7 @@ from vlmexport.manifest import PREFILL_PART, Artifact
 from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.pictures import without_padding_pictures
 from vlmexport.runtime.protocol import (
@@ -29,15 +30,16 @@ from vlmexport.runtime.protocol import (
     VisionFeatures,
     feature_outputs,
     named_features,
+    no_per_layer,
 )
 from vlmexport.runtime.sessions import CPU_PROVIDER, PartSession, SessionSettings, checked, open_session
 from vlmexport.runtime.static_decoder import StaticDecoder
 from vlmexport.target import load_target
-
-_DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
 from vlmexport.variants import as_variant
 
 PROJECTOR = "projector"
+_DEVICES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda"}
+
 
 class OnnxRunner:
     """Runs an export; sessions open when first used, or all at once with `load`.
@@ -56,11 +58,11 @@ class OnnxRunner:
         exact: bool = False,
         provider: str | None = None,
         float_cache: bool = False,
-    ) -> None:
-        self.artifact = artifact
         variant: str | None = None,
-        self.model: dict[str, Any] = artifact.manifest.model
+    ) -> None:
         artifact = artifact if variant is None else as_variant(artifact, variant)
+        self.artifact = artifact
+        self.model: dict[str, Any] = artifact.manifest.model
         provider = provider or load_target(artifact.manifest.target).provider
         self.settings = SessionSettings(threads, exact, provider, float_cache)
 
@@ -84,16 +86,16 @@ class OnnxRunner:
             del part
         return time.perf_counter() - start
 
-    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
-        """Vision features of all images of one prompt; names that the encoder does not know are left out.
-
-        Those that a projector inside the vision encoder made are image features already.
-        """
     @property
     def _projects(self) -> bool:
         """Is the projector a part of its own?"""
         return PROJECTOR in self.artifact.manifest.parts
 
+    def vision(self, pixel_inputs: Mapping[str, Array]) -> VisionFeatures:
+        """Vision features of all images of one prompt; names that the encoder does not know are left out.
+
+        Those that a projector inside the vision encoder made are image features already.
+        """
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
         return self.merge_spec.encode(
             pixel_inputs, lambda inputs: self._vision.run(without_padding_pictures(inputs) if static else inputs)
@@ -114,6 +116,13 @@ class OnnxRunner:
         """Embeddings ``[batch, tokens, hidden]``."""
         embeds = self._embedding({"input_ids": input_ids})
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
+
+    def per_layer(self, input_ids: NDArray[np.int64]) -> Array:
+        """What the layers get of each token; see `Runner.per_layer`."""
+        if PER_LAYER not in self.merge_spec.extras:
+            raise no_per_layer(str(self.artifact.path))
+        rows = self._embedding.run({"input_ids": input_ids})[1]
+        return checked("embed_tokens", PER_LAYER, rows, (*input_ids.shape, None, None))
 
     def prefill(
         self,
@@ -144,7 +153,8 @@ class OnnxRunner:
     def _embedding(self) -> PartSession:
         # It runs before every decode step, and idle threads of its own would spin against the decoder's.
         settings = dataclasses.replace(self.settings, threads=1)
-        return PartSession(self.artifact.part_path("embed_tokens"), "embed_tokens", settings, "inputs_embeds")
+        names = (PER_LAYER,) if PER_LAYER in self.merge_spec.extras else ()
+        return PartSession(self.artifact.part_path("embed_tokens"), "embed_tokens", settings, "inputs_embeds", *names)
 
     @cached_property
     def _decoder(self) -> DecoderSession | StaticDecoder:

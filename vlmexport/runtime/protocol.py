@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError, VlmExportError
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import place_features
 
 Array = NDArray[Any]
@@ -24,7 +25,7 @@ VisionFeatures: TypeAlias = Array | tuple[Array, ...]
 # What a decoder takes beside embeddings and mask, by graph input: see `decoder_inputs`.
 Extras: TypeAlias = Mapping[str, Array]
 # The axis of each that is the batch; the next one is the tokens. Plain positions are [batch, tokens].
-BATCH_AXIS = {"position_ids": 1, "deepstack_embeds": 1, "block_ids": 0}
+BATCH_AXIS = {"position_ids": 1, "deepstack_embeds": 1, "block_ids": 0, PER_LAYER: 0}
 DEFAULT_RESERVE = 64
 
 
@@ -91,6 +92,12 @@ class Runner(Protocol):
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]`` of ``input_ids`` ``[batch, tokens]``."""
+
+    def per_layer(self, input_ids: NDArray[np.int64]) -> Array:
+        """What the layers get of each token, ``[batch, tokens, layers, width]``; for families that need it.
+
+        Those have ``per_layer_inputs`` in the extras of `merge_spec`. Raises `BadInputError` for others.
+        """
 
     def prefill(
         self,
@@ -163,6 +170,11 @@ def next_shift(positions: NDArray[np.int64], mask: NDArray[np.int64], lengths: N
     largest = np.where(mask == 1, positions, -1).max(axis=-1)
     shift: NDArray[np.int64] = (largest if largest.ndim == 1 else largest.max(axis=0)) + 1 - lengths
     return shift
+
+
+def no_per_layer(runner: str) -> BadInputError:
+    """The error of a `runner` whose model has no inputs for each layer."""
+    return BadInputError(f"{runner} has no {PER_LAYER}: the model takes none, or its runtime gives none")
 
 
 def require_no_extras(extras: Extras | None, runner: str) -> None:

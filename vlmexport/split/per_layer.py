@@ -77,15 +77,23 @@ def embedding_part(
 class TokenTables(nn.Module):
     """The token embedding and the table of rows: ids ``[B, S]`` to ``[B, S, H]`` and ``[B, S, layers, width]``.
 
-    The rows of the ids in `replaced` are those of `stand_in`, as are those of ids behind the table's end.
+    The rows of the ids in `replaced` are those of `stand_in`, as are those of ids behind the table's end. `rows_path`
+    is where the module `rows` is in the whole model.
     """
 
     def __init__(
-        self, embedding: nn.Module, rows: nn.Module, shape: tuple[int, int], replaced: tuple[int, ...], stand_in: int
+        self,
+        embedding: nn.Module,
+        rows: nn.Module,
+        rows_path: str,
+        shape: tuple[int, int],
+        replaced: tuple[int, ...],
+        stand_in: int,
     ) -> None:
         super().__init__()
         self.embedding = embedding
         self.rows = rows
+        self.rows_path = rows_path
         self.shape = shape
         self.replaced = replaced
         self.stand_in = stand_in
@@ -123,7 +131,7 @@ def token_tables(
     if stand_in is None:
         raise UnsupportedModelError(f"{family}: the {PER_LAYER} of its image tokens are no row of its table")
     replaced = () if stand_in == image else (image,)
-    tables = TokenTables(model.get_input_embeddings(), table, shape, replaced, stand_in)
+    tables = TokenTables(model.get_input_embeddings(), table, module_path(model, table), shape, replaced, stand_in)
     for index, (example, call) in enumerate(zip(examples, calls, strict=True)):
         with torch.no_grad():
             rows = tables.per_layer(example["input_ids"])

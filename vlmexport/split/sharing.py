@@ -46,8 +46,8 @@ class SharedKeys:
             return None
         if made[2] is not value:
             raise UnsupportedModelError(
-                f"layer {layer} of the decoder reads the keys of layer {made[0]} with other values; such a layer has no "
-                "form yet"
+                f"layer {layer} of the decoder reads the keys of layer {made[0]} with other values; such a "
+                "layer has no form yet"
             )
         self.sources[layer] = made[0]
         return made[0]

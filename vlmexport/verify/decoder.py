@@ -20,7 +20,7 @@ from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate, NotRunError
 
 Ids: TypeAlias = NDArray[np.int64]
-Embed: TypeAlias = Callable[[Ids], Array]
+Embed: TypeAlias = Callable[[Ids], DecoderInputs]
 Continue: TypeAlias = Callable[[Runner, DecoderInputs], Array]
 
 PART = "decoder"
@@ -94,7 +94,7 @@ class LoweringTotals:
 class DecoderSubjects:
     """Who is compared: the graph in exact mode, as shipped, and PyTorch with the graph's own weights.
 
-    All of them are fed by the one `embed` (ids ``[batch, tokens]`` to ``[batch, tokens, hidden]``), so that the
+    All of them are fed by the one `embed` (ids ``[batch, tokens]`` to what reaches the decoder), so that the
     error is the decoder's own and not the embedding table's.
     """
 
@@ -279,7 +279,7 @@ def _ragged_batch(
         found = [logits[:, -1]]
         for step in range(_RAGGED_STEPS):
             ids = np.array([[tokens[step]] for _, tokens in alone], dtype=np.int64)
-            found.append(subjects.exact.decode(subjects.embed(ids), cache)[:, -1])
+            found.append(subjects.embed(ids).decode(subjects.exact, cache)[:, -1])
         together = np.stack(found)
         difference = gate.close("decoder/ragged_batch", PART, "lowering", wanted, together, limits.exact_rel)
         totals.see_exact(difference, wanted, together)
@@ -326,7 +326,7 @@ def _greedy_batch(runner: Runner, embed: Embed, rows: list[DecoderInputs], steps
     kept = [logits[:, -1]]
     for _ in range(steps - 1):
         tokens = kept[-1].argmax(axis=-1).astype(np.int64)
-        kept.append(runner.decode(embed(tokens[:, None]), cache)[:, -1])
+        kept.append(embed(tokens[:, None]).decode(runner, cache)[:, -1])
     found = np.stack(kept)
     return found, found.argmax(axis=-1).astype(np.int64)
 
@@ -342,7 +342,7 @@ def _steps(runner: Runner, embed: Embed, prompt: DecoderInputs, tokens: list[int
     yield logits[0, -1]
     for step in range(steps):
         ids = np.array([[tokens[step]]], dtype=np.int64)
-        yield runner.decode(embed(ids), cache)[0, -1]
+        yield embed(ids).decode(runner, cache)[0, -1]
 
 
 def _padded_logits(runner: Runner, rows: list[DecoderInputs], side: Literal["right", "left"]) -> list[Array]:

@@ -231,6 +231,6 @@ def _greedy_rows(pair: _Pair, prompt: DecoderInputs, embed: Embed) -> Iterator[t
     wanted, _ = pair.prefill(prompt)
     token = wanted[:, -1:].argmax(-1).astype(np.int64)
     for _ in range(DECODE_STEPS):
-        wanted, found = pair.decode(embed(token))
+        wanted, found = pair.decode(embed(token).embeds)
         yield wanted, found
         token = wanted.argmax(-1).astype(np.int64)

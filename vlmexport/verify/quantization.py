@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked
+from vlmexport.runtime.decoder_inputs import DecoderInputs, stacked, token_inputs
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner
 from vlmexport.target import LossLimits
 from vlmexport.verify import metrics
@@ -90,8 +90,9 @@ def answers_in_one_prompt(
     """Logits ``[answer tokens, vocab]`` that predict each answer, teacher-forced in one padded batch."""
     longer = []
     for row, answer in zip(rows, answers, strict=True):
-        fed = runner.embed(np.array([answer[:-1]], dtype=np.int64)) if len(answer) > 1 else row.embeds[:, :0]
-        longer.append(row.followed(fed))
+        ids = np.array([answer[:-1]], dtype=np.int64)
+        fed = token_inputs(runner, ids) if len(answer) > 1 else row.tokens(0, 0)
+        longer.append(row.followed(fed.embeds, fed.extras))
     keep = max(len(answer) for answer in answers)
     if min(row.length for row in longer) < keep:  # a short prompt beside a long answer: one count does not fit all
         for row, answer in zip(longer, answers, strict=True):
@@ -114,7 +115,7 @@ def answers_by_step(runner: Runner, rows: Sequence[DecoderInputs], answers: Sequ
     kept = [logits[:, -1]]
     for step in range(steps - 1):
         tokens = np.array([[answer[min(step, len(answer) - 1)]] for answer in answers], dtype=np.int64)
-        kept.append(runner.decode(runner.embed(tokens), cache)[:, -1])
+        kept.append(token_inputs(runner, tokens).decode(runner, cache)[:, -1])
     for index, answer in enumerate(answers):
         yield np.stack([logits[index] for logits in kept[: len(answer)]])
 
@@ -178,7 +179,7 @@ def greedy_answers(runner: Runner, rows: Sequence[DecoderInputs], max_new_tokens
         running &= ~np.isin(tokens, runner.eos_token_ids)
         if not running.any() or step + 1 == max_new_tokens:
             break
-        logits = runner.decode(runner.embed(tokens[:, None].astype(np.int64)), cache)
+        logits = token_inputs(runner, tokens[:, None].astype(np.int64)).decode(runner, cache)
     return answers
 
 

@@ -17,7 +17,7 @@ from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.quantize.tensor import QuantizedTensor
-from vlmexport.runtime.decoder_inputs import DecoderInputs
+from vlmexport.runtime.decoder_inputs import DecoderInputs, token_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
@@ -305,7 +305,9 @@ def _check_decoder(run: _Run, reference: Reference, wanted: Mapping[str, Decoder
     if not embeds:
         return LoweringTotals()
     runner = _branches(run, reference)
-    subjects = DecoderSubjects(run.exact, run.shipped, runner, lambda ids: rounded(reference.runner.embed(ids)))
+    subjects = DecoderSubjects(
+        run.exact, run.shipped, runner, lambda ids: token_inputs(reference.runner, ids).mapped(rounded)
+    )
     totals = check_lowering(run.gate, subjects, embeds, run.decoder_limits)
     if kv_cache.is_quantized(run.artifact):
         geometry = reference.kv

@@ -1,8 +1,9 @@
-"""The token embedding as a graph: one lookup in an FP16 table."""
+"""The token embedding as a graph: a lookup in an FP16 table, and in a second one where each layer gets a row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -13,62 +14,98 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.linear import checked_cast
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
+from vlmexport.model.per_token import PER_LAYER
 from vlmexport.split.parts import Part
+from vlmexport.split.per_layer import TokenTables
 
 _PROBE_LIMIT = 1e-6
+_TOKENS = ("batch_size", "sequence_length")
 
 
 @dataclass(frozen=True)
 class EmbeddingGraph:
-    """The graph without its table, and the group that makes the table."""
+    """The graph without its tables, and the groups that make them."""
 
     model: ir.Model
     groups: tuple[WeightGroup, ...]
 
 
 def lower_embedding(part: Part, opset: int, float_type: ir.DataType) -> EmbeddingGraph:
-    """``input_ids`` int64 ``[B, S]`` to ``inputs_embeds`` ``[B, S, H]`` of `float_type`; the table is stored FP16.
+    """``input_ids`` int64 ``[B, S]`` to ``inputs_embeds`` ``[B, S, H]`` of `float_type`; tables are stored FP16.
 
-    Raises `UnsupportedModelError` when the module does more than look up a row and scale it.
+    For `TokenTables` also to ``per_layer_inputs`` ``[B, S, layers, width]``. Raises `UnsupportedModelError` when a
+    module does more than look up a row and scale it.
     """
-    table = _table(part)
-    scale = _lookup_scale(part, table)
-    name = f"{part.prefix}weight"
-    weight = initializer(name, ir.DataType.FLOAT16, table.shape)
     ids = ir.Value(
         name="input_ids",
         type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape(["batch_size", "sequence_length"]),
+        shape=ir.Shape(_TOKENS),
     )
     tape = Tape()
+    module, outputs, groups = part.module, list[ir.Value](), list[WeightGroup]()
+    first = module.embedding if isinstance(module, TokenTables) else module
+    rows, group = _lookup(tape, first, f"{part.prefix}weight", ids, "embedding", float_type)
+    rows.name, rows.shape = "inputs_embeds", ir.Shape([*_TOKENS, _table(first).shape[1]])
+    outputs.append(rows)
+    groups.append(group)
+    if isinstance(module, TokenTables):
+        rows, group = _lookup(
+            tape, module.rows, f"{module.rows_path}.weight", _looked_up(tape, ids, module), "rows", float_type
+        )
+        shape = tape.initializer(ir.tensor([0, 0, *module.shape], name="rows.shape"))
+        rows = tape.op("Reshape", [rows, shape])
+        rows.name, rows.type = PER_LAYER, ir.TensorType(float_type)
+        rows.shape = ir.Shape([*_TOKENS, *module.shape])
+        outputs.append(rows)
+        groups.append(group)
+    graph = ir.Graph(
+        [ids], outputs, nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": opset}, name="embed_tokens"
+    )
+    model = ir.Model(graph, ir_version=ir_version(opset), producer_name="vlmexport")
+    return EmbeddingGraph(model, tuple(groups))
+
+
+def _lookup(
+    tape: Tape, module: Any, name: str, ids: ir.Value, what: str, float_type: ir.DataType
+) -> tuple[ir.Value, WeightGroup]:
+    """Scaled rows of `module`'s table, whose name is `name`, for `ids`; and the group that makes the table."""
+    table = _table(module)
+    scale = _lookup_scale(module, table)
+    weight = initializer(name, ir.DataType.FLOAT16, table.shape)
     rows = tape.op("Gather", [weight, ids], {"axis": 0})
     if scale != 1.0:
         wide = tape.op("Cast", [rows], {"to": int(ir.DataType.FLOAT)})
-        factor = tape.initializer(ir.tensor(scale, dtype=ir.DataType.FLOAT, name="embedding.scale"))
+        factor = tape.initializer(ir.tensor(scale, dtype=ir.DataType.FLOAT, name=f"{what}.scale"))
         rows = tape.op("Mul", [wide, factor])
     if scale != 1.0 or float_type != ir.DataType.FLOAT16:
         rows = tape.op("Cast", [rows], {"to": int(float_type)})
-    rows.name, rows.type = "inputs_embeds", ir.TensorType(float_type)
-    rows.shape = ir.Shape(["batch_size", "sequence_length", table.shape[1]])
-    graph = ir.Graph(
-        [ids], [rows], nodes=tape.nodes, initializers=tape.initializers, opset_imports={"": opset}, name="embed_tokens"
-    )
-    model = ir.Model(graph, ir_version=ir_version(opset), producer_name="vlmexport")
-    return EmbeddingGraph(model, (WeightGroup((weight,), lambda: (checked_cast(name, table, ir.DataType.FLOAT16),)),))
+    rows.type = ir.TensorType(float_type)
+    return rows, WeightGroup((weight,), lambda: (checked_cast(name, table, ir.DataType.FLOAT16),))
 
 
-def _table(part: Part) -> torch.Tensor:
-    parameters = dict(part.module.named_parameters())
-    if not isinstance(part.module, nn.Embedding) or set(parameters) != {"weight"}:
-        raise UnsupportedModelError(f"the token embedding is a {type(part.module).__name__}, not a table of rows")
+def _looked_up(tape: Tape, ids: ir.Value, module: TokenTables) -> ir.Value:
+    """The ids whose rows the tokens `ids` have: the stand-in's for those without a row of their own."""
+    count = tape.initializer(ir.tensor(_table(module.rows).shape[0], dtype=ir.DataType.INT64, name="rows.count"))
+    stand_in = tape.initializer(ir.tensor(module.stand_in, dtype=ir.DataType.INT64, name="rows.stand_in"))
+    other = tape.op("GreaterOrEqual", [ids, count])
+    for token in module.replaced:
+        one = tape.initializer(ir.tensor(token, dtype=ir.DataType.INT64, name=f"rows.token.{token}"))
+        other = tape.op("Or", [other, tape.op("Equal", [ids, one])])
+    return tape.op("Where", [other, stand_in, ids])
+
+
+def _table(module: nn.Module) -> torch.Tensor:
+    parameters = dict(module.named_parameters())
+    if not isinstance(module, nn.Embedding) or set(parameters) != {"weight"}:
+        raise UnsupportedModelError(f"the token embedding is a {type(module).__name__}, not a table of rows")
     return parameters["weight"].detach()
 
 
-def _lookup_scale(part: Part, table: torch.Tensor) -> float:
+def _lookup_scale(module: nn.Module, table: torch.Tensor) -> float:
     """The factor between the module's output and its table's rows (1.0 for most families)."""
     ids = torch.arange(min(64, table.shape[0])).unsqueeze(0)
     with torch.no_grad():
-        got, rows = part.module(ids)[0].float(), table[ids[0]].float()
+        got, rows = module(ids)[0].float(), table[ids[0]].float()
     place = rows.abs().argmax()
     scale = float(got.flatten()[place] / rows.flatten()[place])
     if abs(scale - 1.0) < _PROBE_LIMIT:

@@ -15,6 +15,7 @@ def simplify(model: ir.Model) -> None:
     """Simplify `model` in place. Weights must be graph inputs (not initializers), else small ones are folded."""
     optimize_ir(model)
     _cancel_transposes(model.graph)
+    _register_constants(model.graph)
     RemoveUnusedNodesPass()(model)
 
 
@@ -26,6 +27,19 @@ def forget_trace(graph: ir.Graph) -> None:
             value.metadata_props.clear()
         node.metadata_props.clear()
         node.doc_string = None
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Give the graph the constants that rewriting left to their nodes alone (limits of a Clip), by own names."""
+    for node in graph:
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.const_value is None or value.is_graph_input():
+                continue
+            if value.name is None or graph.initializers.get(value.name) is value:
+                continue
+            if value.name in graph.initializers:
+                value.name = f"{value.name}.{node.outputs[0].name}"
+            graph.initializers[str(value.name)] = value
 
 
 def _cancel_transposes(graph: ir.Graph) -> None:

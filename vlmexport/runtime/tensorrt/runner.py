@@ -27,6 +27,7 @@ from vlmexport.runtime.protocol import (
     VisionFeatures,
     feature_outputs,
     named_features,
+    no_per_layer,
     require_no_extras,
 )
 from vlmexport.runtime.sessions import checked
@@ -159,6 +160,10 @@ class TensorRtRunner:
         parts = [self._outputs("embed_tokens", {"input_ids": piece}, "inputs_embeds")[0] for piece in pieces]
         embeds = np.concatenate(parts, axis=1)
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
+
+    def per_layer(self, input_ids: NDArray[np.int64]) -> Array:
+        """Raises `BadInputError`: no engines are made of such models yet."""
+        raise no_per_layer("TensorRT")
 
     def prefill(
         self,
