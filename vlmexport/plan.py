@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.errors import BadInputError
+from vlmexport.expert_plan import PlannedExperts, plan_experts
 from vlmexport.kept_codes import check_kept, kept_scheme, requantized_scheme
 from vlmexport.owners import OwnedParameter, owned_parameters
 from vlmexport.prefill import check_prefill, prompt_bytes, prompt_schemes
@@ -163,8 +164,9 @@ class ExportPlan:
         return quantization_advice(sum(w.elements for w in self.weights if w.bytes_before), self.schemes.values())
 
     def weight(self, name: str) -> WeightPlan:
-        """The plan of one weight; KeyError when the plan does not know it (every weight must be planned)."""
-        return self.by_name[name]
+        """The plan of one weight, an expert's being its parameter's; KeyError when the plan does not know it."""
+        whole, _, number = name.rpartition(".")
+        return self.by_name[whole if number.isdecimal() and name not in self.by_name else name]
 
     def groups(self) -> tuple[WeightGroup, ...]:
         """The weights with repeated layers collapsed, in the order of first appearance."""
@@ -247,17 +249,17 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     Every parameter appears exactly once; an LM head tied to the embedding appears as a copy of its own. Raises
     `BadInputError` when the target refuses the options, when a group size does not divide a weight's input features
     (naming the first one) or when a ``keep`` pattern matches nothing, and `UnsupportedModelError` when a parameter
-    belongs to no part or the decoder has packed experts.
+    belongs to no part or packed experts have no form.
     """
     check_options(options, target)
     check_kept(vlm.quantized, options.scheme, named=options.scheme_named)
-    _check_no_experts(vlm, split)
+    experts = plan_experts(vlm, split, target, options)
     if options.kv_cache == "int8" and not split.kv.uniform:
         raise BadInputError(
             f"--kv-cache int8: the layers of {vlm.facts.model_type} keep different things from token to token; "
             "choose --kv-cache same"
         )
-    planner = _Planner(vlm, target, options)
+    planner = _Planner(vlm, target, options, experts)
     owners = owned_parameters(vlm, split)
     check_keep_patterns(options.keep, [o.name for o in owners])
     weights = tuple(planner.plan(o) for o in owners)
@@ -282,20 +284,6 @@ def float_weights(vlm: VLM, split: Split, target: Target) -> tuple[WeightPlan, .
     return tuple(planner.plan(owned) for owned in owned_parameters(vlm, split))
 
 
-def _check_no_experts(vlm: VLM, split: Split) -> None:
-    """Refuse a decoder with packed experts: which of them run depends on the data, and no graph is made of that yet."""
-    from vlmexport.split.experts import packed_parameters
-    from vlmexport.split.parts import Role
-
-    experts = packed_parameters(vlm.model, split.parts[Role.DECODER].module)
-    if experts:
-        name, tensor = next(iter(experts.items()))
-        raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: mixture-of-experts layers have no ONNX form yet ({name} holds {tensor.shape[0]} "
-            "experts); `vlmexport quantize` writes a checkpoint of them"
-        )
-
-
 def check_keep_patterns(patterns: Iterable[str], names: list[str]) -> None:
     """Raise `BadInputError` for a ``--keep`` pattern that matches none of the weights `names`."""
     for pattern in patterns:
@@ -311,9 +299,10 @@ def matches_pattern(weight: str, pattern: str) -> bool:
 class _Planner:
     """The rules, with what they need to know of the model."""
 
-    def __init__(self, vlm: VLM, target: Target, options: OnnxOptions) -> None:
+    def __init__(self, vlm: VLM, target: Target, options: OnnxOptions, experts: PlannedExperts | None = None) -> None:
         self.options = options
         self.encoder_dtype: Dtype = options.encoder_dtype or target.onnx.encoder_storage
+        self._experts = experts or PlannedExperts()
         self.decoder_dtype: Dtype = options.decoder_dtype or target.onnx.decoder_dtype
         self._linear = linear_weights(vlm)
         self._head = head_weight_name(vlm)
@@ -337,7 +326,10 @@ class _Planner:
             wide_head = name == self._head and self.options.lm_head == "fp16"
             dtype = "float16" if wide_head else NUMPY_DTYPES[self.decoder_dtype]
             return self._keep(name, role, tensor, dtype, reason)
-        shape, before = tuple(tensor.shape), self._bytes_before(name, tensor)
+            if name in self._experts.routers:
+                dtype = "float32"  # a rounded score may choose another expert
+        stored, before = tuple(tensor.shape), self._bytes_before(name, tensor)
+        shape = self._experts.shapes.get(name, stored)
         check_group_size(name, shape[-1], scheme)
         method, blocks = algorithm(scheme.algorithm), shape[-1] // block_size(shape[-1], scheme.group_size)
         scale_bytes = 4 if method.wide_scales else _BYTES[NUMPY_DTYPES[self.decoder_dtype]]
@@ -348,7 +340,9 @@ class _Planner:
     def _decoder_scheme(self, name: str, tensor: torch.Tensor) -> tuple[QuantScheme | None, str]:
         if tensor.ndim < 2:
             return None, "1-D: norm or bias"
-        if name not in self._linear:
+        if name in self._experts.routers:
+            return None, "router: it chooses among the experts"
+        if name not in self._linear and name not in self._experts.shapes:
             return None, "not the weight of a linear layer"
         if name == self._head and self.options.lm_head == "fp16":
             return None, "--lm-head fp16"
@@ -362,7 +356,7 @@ class _Planner:
         reason = (
             "LM head" + (", a copy of the tied embedding" if self._tied else "")
             if name == self._head
-            else "decoder linear"
+            else ("packed experts" if name in self._experts.shapes else "decoder linear")
         )
         return self.options.scheme.for_weight(name), reason
 

@@ -32,6 +32,7 @@ from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.capture import split_model
+from vlmexport.split.expert_forms import find_expert_forms, transposed_parameters
 from vlmexport.split.names import weight_names
 from vlmexport.split.parts import Role
 from vlmexport.trt_options import TrtOptions, trt_onnx_options
@@ -185,8 +186,11 @@ def int4_difference(zooed: Zooed, folder: Path) -> tuple[float, float]:
     """
     artifact = _with_its_form(zooed, dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32)), folder)
     names = [member.name for record in artifact.manifest.quantized for member in record.members]
-    inside = weight_names(zooed.vlm.model, zooed.split.parts[Role.DECODER].module)
-    weights = DecoderWeights(inside, dict.fromkeys(names, make_scheme("rtn", group_size=32)))
+    decoder = zooed.split.parts[Role.DECODER].module
+    packed = [name.rpartition(".")[0] for name in names]  # of experts, which are named by parameter and number
+    schemes = dict.fromkeys([*names, *packed], make_scheme("rtn", group_size=32))
+    turned = transposed_parameters(zooed.vlm.model, find_expert_forms(decoder))
+    weights = DecoderWeights(weight_names(zooed.vlm.model, decoder), schemes, transposed=turned)
     ours, theirs = OnnxRunner(artifact, threads=1, exact=True), TorchRunner(zooed.vlm, zooed.split)
     example = zooed.examples[-1]
     pixels = {n: t.numpy() for n, t in example.items() if n not in _TEXT}

@@ -23,7 +23,8 @@ class DecoderWeights:
     """The decoder's weights by whole-model name, as they are to be stored.
 
     Experts packed in one parameter ``[E, N, K]`` are matrices of their own, named ``<parameter>.<expert>``; the
-    parameter has one scheme and one fold.
+    parameter has one scheme and one fold. Those of `transposed` are stored ``[E, K, N]`` and have no folds; their
+    matrices are ``[N, K]`` all the same.
 
     `tensors` are the checkpoint's; `folds` say which of them change because scales were moved; `schemes` how the
     quantized ones become codes; `given` holds codes that exist already (from the layer loop, read from disk when asked
@@ -36,6 +37,7 @@ class DecoderWeights:
     given: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
     cache_peaks: CachePeaks | None = None
+    transposed: frozenset[str] = frozenset()
 
     def matrices(self, name: str) -> list[str]:
         """What a weight with a scheme consists of: itself, or all of its experts."""
@@ -68,6 +70,8 @@ class DecoderWeights:
         """One expert ``[N, K]``, its share of the parameter's fold applied; the others are not touched."""
         parameter, expert = self._parameter(name)
         weight = self.tensors[parameter][expert]
+        if parameter in self.transposed:
+            return weight.t()
         return self.folds[parameter].of_expert(expert).apply(weight) if parameter in self.folds else weight
 
     def _parameter(self, name: str) -> tuple[str, int]:

@@ -24,6 +24,7 @@ _CONTROL = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "output_router_logits",
     "logits_to_keep",
 }
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}

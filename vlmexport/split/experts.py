@@ -62,10 +62,10 @@ def find_experts(model: nn.Module, part: Part) -> Experts:
     observer = LinearObserver(matrices_of(parameters.items()), parameters, take)
     with eager_experts(part.module), torch.no_grad(), observer:
         part.module(**few)
-    return Experts(frozenset(seen), frozenset(parameters.keys() - seen), _routers(model, parameters))
+    return Experts(frozenset(seen), frozenset(parameters.keys() - seen), routers_beside(model, parameters))
 
 
-def _routers(model: nn.Module, packed: dict[str, torch.Tensor]) -> frozenset[str]:
+def routers_beside(model: nn.Module, packed: dict[str, torch.Tensor]) -> frozenset[str]:
     """Matrices with one row per expert, or one row, in the module around each packed parameter's own."""
     found: set[str] = set()
     for name, experts in packed.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -31,6 +31,11 @@ class Matrix:
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The matrix itself, a view of `parameter`."""
         return parameter if self.expert is None else parameter[self.expert]
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Is `module` a linear layer that computes what `torch.nn.Linear` does, whatever its class?"""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def matrices_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[Matrix]:

@@ -15,6 +15,7 @@ from vlmexport.model.kv import KVGeometry
 from vlmexport.quantize.tensor import QuantizedTensor
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.decoder import text_decoder
+from vlmexport.split.matrices import PACKED_AXES
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -38,7 +39,8 @@ class Reference:
     def decoder_parameters(self) -> list[frozenset[str]]:
         """All names of each parameter that the decoder graph must hold; several names when it is tied.
 
-        The token embedding inside the decoder module is a part of its own; the LM head counts to the decoder.
+        The token embedding inside the decoder module is a part of its own; the LM head counts to the decoder. A
+        parameter with three axes may be there as a whole or as its experts' matrices, all of them.
         """
         model: Any = self.vlm.model
         decoder, head = text_decoder(model), model.get_output_embeddings()
@@ -49,7 +51,7 @@ class Reference:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in owned:
                 names[id(parameter)].add(name)
-        return [frozenset(found) for found in names.values()]
+        return [every for key, found in names.items() for every in _with_experts(owned[key], frozenset(found))]
 
     def with_exported_weights(
         self, codes: Mapping[str, QuantizedTensor], artifact: Artifact
@@ -65,6 +67,13 @@ class Reference:
         stored = {**{name: known[name].detach() for name in halves}, **folded}
         weights = {name: t.to(torch.float16).float() if name in halves else t for name, t in stored.items()}
         return self.runner.substituted({**weights, **{name: codes[name].dequantize() for name in codes}})
+
+
+def _with_experts(parameter: torch.Tensor, names: frozenset[str]) -> list[frozenset[str]]:
+    """`names`, for each expert with that expert's own where `parameter` may hold some."""
+    if parameter.ndim != PACKED_AXES:
+        return [names]
+    return [names | {f"{name}.{expert}" for name in names} for expert in range(parameter.shape[0])]
 
 
 def folded_weights(artifact: Artifact) -> dict[str, torch.Tensor]:

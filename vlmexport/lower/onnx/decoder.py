@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +17,19 @@ from vlmexport.lower.onnx.dialects.ort import OrtDialect
 from vlmexport.lower.onnx.dialects.standard import StandardDialect
 from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect
 from vlmexport.lower.onnx.dq import DequantizeEmitter
+from vlmexport.lower.onnx.expert_trace import ExpertPeaks
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
+from vlmexport.lower.onnx.logit_mask import hide_tokens
 from vlmexport.lower.onnx.rotary import RotaryOperator, probe_rotary
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
 from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.expert_forms import find_expert_forms, transposed_parameters
 from vlmexport.split.layers import find_layers
 from vlmexport.split.masks import BlockMasks
+from vlmexport.split.matrices import is_plain_linear
 from vlmexport.split.names import module_path
 from vlmexport.split.parts import Part
 from vlmexport.target import Target
@@ -79,6 +84,8 @@ def lower_decoder(
     if traced is None:
         traced = trace_decoder(vlm.model, module, fuse_rotary=_fuses_rotary(plan, module), repeat=repeat)
     kind = FLOAT_TYPES[plan.decoder_dtype]
+    turned = transposed_parameters(vlm.model, find_expert_forms(module.decoder))
+    weights = dataclasses.replace(weights, transposed=turned)
     wide = frozenset[str]() if kind == ir.DataType.FLOAT else wide_linears(vlm, part, weights)
     emitter = DequantizeEmitter if target.onnx.dialect == "tensorrt" else LinearEmitter
     linears = emitter(weights, plan, kind, target.onnx.accuracy_level, wide)
@@ -86,6 +93,7 @@ def lower_decoder(
     dialect = choose_dialect(traced, linears, target, module.blocks)
     cap = module.logit_cap
     graph = assemble_decoder(traced, module.kv or vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
+    hide_tokens(graph, module.hidden_tokens)
     return DecoderGraph(graph, linears, traced, _cache_scales(dialect))
 
 
@@ -114,16 +122,17 @@ def wide_linears(vlm: VLM, part: Part, weights: DecoderWeights) -> frozenset[str
 
         return keep
 
-    linears = [m for m in part.module.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in part.module.modules() if is_plain_linear(m)]
     handles = [m.register_forward_hook(watch(f"{module_path(vlm.model, m)}.weight")) for m in linears]
+    experts = ExpertPeaks(weights.folds, peaks)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), experts.watched(vlm.model, part.module):
             for example in part.examples:
                 part.module(**example)
     finally:
         for handle in handles:
             handle.remove()
-    return frozenset(name for name, peak in peaks.items() if not peak <= FP16_SAFE)
+    return experts.each(name for name, peak in peaks.items() if not peak <= FP16_SAFE)
 
 
 def choose_dialect(

@@ -58,7 +58,7 @@ class LinearEmitter:
 
         `x` may be wider than the activation type; the result is so only for members in `wide`.
         """
-        keep_wide = any(m.weight in self.wide for m in members)
+        keep_wide = any(m.weight in self.wide or self.stays_wide(m.weight) for m in members)
         kind = ir.DataType.FLOAT if keep_wide or x.dtype == ir.DataType.FLOAT else self.float_type
         x = cast(tape, x, kind)
         quantize = self.uniform(members) and self._planned(members[0]).action == "quantize"
@@ -71,6 +71,11 @@ class LinearEmitter:
         first = self._planned(members[0])
         plans = [self._planned(m) for m in members]
         return all((p.action, p.scheme, p.dtype) == (first.action, first.scheme, first.dtype) for p in plans)
+
+    def stays_wide(self, name: str) -> bool:
+        """Is the weight `name` planned to be stored in float32, whatever the activation type?"""
+        planned = self.plan.by_name.get(name)
+        return planned is not None and planned.dtype == "float32"
 
     def constant(self, name: str, tensor: torch.Tensor, dtype: ir.DataType | None = None) -> ir.Value:
         """An initializer of `tensor`'s shape in `dtype` (default: the activation type)."""

@@ -17,6 +17,7 @@ from vlmexport.lower.onnx.embedding import lower_embedding
 from vlmexport.lower.onnx.encoder import lower_vision
 from vlmexport.lower.onnx.precision import EncoderPrecision
 from vlmexport.lower.onnx.prefill import PrefillGraph, lower_prefill
+from vlmexport.lower.onnx.table_projector import shares_table, write_table_projector
 from vlmexport.lower.onnx.weights import stream_weights
 from vlmexport.lower.result import Emitted
 from vlmexport.manifest import FOLDED_NAME, PREFILL_PART, KeptTensor, PartFile, QuantizedRecord, TensorSpec
@@ -27,6 +28,8 @@ from vlmexport.quantize.kv_cache import scales_digest
 from vlmexport.quantize.weights import DecoderWeights
 from vlmexport.split.parts import Role, Split
 from vlmexport.target import Target
+
+_MATRIX_AXES = 2
 
 
 def emit_split(
@@ -43,6 +46,8 @@ def emit_split(
     kept: list[KeptTensor] = []
     precision = EncoderPrecision(plan.encoder_dtype, target.onnx.encoder_arithmetic)
     for role in (Role.VISION_ENCODER, Role.PROJECTOR):
+        if role is Role.PROJECTOR and shares_table(split):
+            continue
         graph = lower_vision(vlm.model, split.parts[role], precision, target.onnx.opset, dialect=target.onnx.dialect)
         kept += graph.kept
         stream_weights(graph.model, graph.groups, folder / f"{role}.onnx", progress, f"write {role}")
@@ -50,6 +55,10 @@ def emit_split(
     table = lower_embedding(split.parts[Role.EMBEDDING], target.onnx.opset, FLOAT_TYPES[plan.decoder_dtype])
     stream_weights(table.model, table.groups, folder / f"{Role.EMBEDDING}.onnx", progress, f"write {Role.EMBEDDING}")
     parts[Role.EMBEDDING] = part_file(table.model, f"{Role.EMBEDDING}.onnx")
+    if shares_table(split):
+        parts[Role.PROJECTOR] = part_file(
+            *write_table_projector(split, target.onnx.opset, folder, progress, table.model)
+        )
     decoder = lower_decoder(vlm, split.parts[Role.DECODER], plan, target, weights)
     title = "quantize and write decoder" if weights.schemes else "write decoder"
     stream_weights(decoder.model, decoder.linears.groups, folder / f"{Role.DECODER}.onnx", progress, title)
@@ -99,14 +108,21 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, value.dtype.numpy().name, dims)
 
 
-def _kept(
+def _quantized_names(quantized: tuple[QuantizedRecord, ...], plan: ExportPlan) -> set[str]:
+    """The planned weights that the graphs hold as codes; packed experts where all of them are there."""
+    inside = {member.name for record in quantized for member in record.members}
+    packed = (w for w in plan.weights if w.action == "quantize" and len(w.shape) > _MATRIX_AXES)
+    return inside | {w.name for w in packed if all(f"{w.name}.{e}" in inside for e in range(w.shape[0]))}
+
+
+def kept_tensors(
     plan: ExportPlan, quantized: tuple[QuantizedRecord, ...], emitted: list[KeptTensor]
 ) -> tuple[KeptTensor, ...]:
     """Every planned weight that is in no quantized tensor, as it was really stored.
 
     Refuses a weight that was planned to be quantized and is in no graph.
     """
-    inside = {member.name for record in quantized for member in record.members}
+    inside = _quantized_names(quantized, plan)
     lost = [w.name for w in plan.weights if w.action == "quantize" and w.name not in inside]
     if lost:
         raise UnsupportedModelError(f"{len(lost)} weights were to be quantized but no graph uses them: {lost[0]}")
