@@ -46,12 +46,12 @@ class OnnxOptions:
     `scheme` None keeps the decoder's weights at `decoder_dtype` (``--quant none``). `keep` are `fnmatch` patterns of
     weight names that stay unquantized. `scheme_named` says that the user asked for `scheme`: it is no default then that
     gives way to the codes of a quantized checkpoint. `kv_cache` "same" stores the cache at `decoder_dtype`; `prefill`
-    "same" runs prompts through the graph that decodes. `choice` is what ``--quant auto`` has to meet (starting from
+    "same" runs prompts through the graph that decodes. `preprocessor` adds the image processor as a graph. `choice` is what ``--quant auto`` has to meet (starting from
     `scheme`) or a plan file; it must be settled (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
     `cache_length`: tokens of the cache of the ``static`` form of attention, which is TensorRT's and needs it.
     `requantize`: codes of a quantized checkpoint that the target cannot hold are rounded again, to symmetric integers.
-    """
     `dtypes`: precisions of the ``transformersjs`` layout, see `vlmexport.dtypes.settle_dtypes`; none in other layouts.
+    """
 
     target: str = "cpu"
     layout: str = "split"
@@ -62,13 +62,14 @@ class OnnxOptions:
     attention: Literal["gqa", "standard", "static"] = "gqa"
     kv_cache: KVCache = "same"
     prefill: Prefill = "same"
+    preprocessor: bool = False
     keep: tuple[str, ...] = ()
     scheme_named: bool = False
     choice: AutoLimit | QuantPlan | None = None
     cache_length: int | None = None
     requantize: bool = False
-
     dtypes: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class WeightPlan:
@@ -301,8 +302,8 @@ class _Planner:
 
     def __init__(self, vlm: VLM, target: Target, options: OnnxOptions, experts: PlannedExperts | None = None) -> None:
         self.options = options
-        self.encoder_dtype: Dtype = options.encoder_dtype or target.onnx.encoder_storage
         self._experts = experts or PlannedExperts()
+        self.encoder_dtype: Dtype = options.encoder_dtype or target.onnx.encoder_storage
         self.decoder_dtype: Dtype = options.decoder_dtype or target.onnx.decoder_dtype
         self._linear = linear_weights(vlm)
         self._head = head_weight_name(vlm)
@@ -325,9 +326,9 @@ class _Planner:
         if scheme is None:
             wide_head = name == self._head and self.options.lm_head == "fp16"
             dtype = "float16" if wide_head else NUMPY_DTYPES[self.decoder_dtype]
-            return self._keep(name, role, tensor, dtype, reason)
             if name in self._experts.routers:
                 dtype = "float32"  # a rounded score may choose another expert
+            return self._keep(name, role, tensor, dtype, reason)
         stored, before = tuple(tensor.shape), self._bytes_before(name, tensor)
         shape = self._experts.shapes.get(name, stored)
         check_group_size(name, shape[-1], scheme)
@@ -335,7 +336,7 @@ class _Planner:
         scale_bytes = 4 if method.wide_scales else _BYTES[NUMPY_DTYPES[self.decoder_dtype]]
         after = quantized_bytes(shape, scheme, scale_bytes, blocks)
         dtype = method.stored_dtype(scheme.bits)
-        return WeightPlan(name, role, shape, "quantize", dtype, reason, scheme, before, after)
+        return WeightPlan(name, role, stored, "quantize", dtype, reason, scheme, before, after)
 
     def _decoder_scheme(self, name: str, tensor: torch.Tensor) -> tuple[QuantScheme | None, str]:
         if tensor.ndim < 2:
