@@ -63,7 +63,7 @@ def plan_onnx(
     from vlmexport.calibrate.auto import settle_bits
     from vlmexport.calibrate.recipe import CalibrationOptions
     from vlmexport.dtypes import settle_dtypes
-    from vlmexport.pipeline import check_layout, load_and_split
+    from vlmexport.pipeline import check_feeds, check_layout, load_and_split, preprocessing_graph
     from vlmexport.plan import check_options, plan_export
     from vlmexport.target import load_target
 
@@ -71,7 +71,9 @@ def plan_onnx(
     target = load_target(options.target)
     options = settle_dtypes(options)
     check_options(options, target)
+    preprocessor = preprocessing_graph(model, options, target, trust_remote_code)
     vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora)
+    check_feeds(preprocessor, split)
     check_layout(vlm, split, options)
     with tempfile.TemporaryDirectory(prefix="vlmexport-") as work:
         chosen = calibration or CalibrationOptions()

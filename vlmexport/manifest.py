@@ -23,6 +23,8 @@ FOLDS_NAME = "folds.safetensors"
 IMATRIX_NAME = "imatrix.gguf"
 # The prompt graph of ``--prefill int8``: a part like the others, with matrices of its own.
 PREFILL_PART = "decoder_prefill"
+# The image processor's graph of ``--with-preprocessor``: a part without weights, which no runner needs.
+PREPROCESSOR_PART = "preprocessor"
 MANIFEST_FORMAT = "vlmexport"
 MANIFEST_VERSION = 1
 

@@ -24,6 +24,8 @@ from vlmexport.target import Target, load_target
 from vlmexport.workspace import build_beside, calibration_folder, check_destination, move_into_place
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
     from vlmexport.verify.result import ParityReport
@@ -66,7 +68,9 @@ def export_onnx(
     options = settle_dtypes(options)
     check_folder_name(out, options)
     check_options(options, target)
+    preprocessor = preprocessing_graph(model, options, target, trust_remote_code)
     vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
+    check_feeds(preprocessor, split)
     check_layout(vlm, split, options)
     chosen = calibration or CalibrationOptions()
     if options.choice is None:
@@ -79,7 +83,7 @@ def export_onnx(
         weights, calibrated = decoder_weights(vlm, split, plan.schemes, chosen, work, progress)
         if options.kv_cache == "int8":
             weights, calibrated = with_cache_peaks(weights, calibrated, vlm, chosen, progress)
-        artifact = _lower_and_package(vlm, split, plan, target, weights, calibrated, workspace, progress)
+        artifact = _lower_and_package(vlm, split, plan, target, weights, calibrated, preprocessor, workspace, progress)
         del weights
         del vlm, split  # the gate loads its own reference: two models in memory would be one too many
         report = None
@@ -114,6 +118,23 @@ def check_layout(vlm: VLM, split: Split, options: OnnxOptions) -> None:
         web_family(vlm, split)
 
 
+def preprocessing_graph(model: str, options: OnnxOptions, target: Target, trust_remote_code: bool) -> ir.Model | None:
+    """The graph of ``--with-preprocessor``, compared with the processor before any work; None without the option."""
+    if not options.preprocessor:
+        return None
+    from vlmexport.lower.onnx.preprocess_proof import proven_preprocessor
+
+    return proven_preprocessor(model, options.layout, target.onnx.opset, trust_remote_code=trust_remote_code)
+
+
+def check_feeds(preprocessor: ir.Model | None, split: Split) -> None:
+    """Raise `UnsupportedModelError` when a preprocessing graph does not make what the vision encoder takes."""
+    if preprocessor is not None:
+        from vlmexport.lower.onnx.preprocess_proof import check_outputs
+
+        check_outputs(preprocessor, split)
+
+
 def _lower_and_package(
     vlm: VLM,
     split: Split,
@@ -121,13 +142,17 @@ def _lower_and_package(
     target: Target,
     weights: DecoderWeights,
     calibration: dict[str, Any] | None,
+    preprocessor: ir.Model | None,
     folder: Path,
     progress: Progress,
 ) -> Artifact:
     from vlmexport.lower import emitter
+    from vlmexport.lower.onnx.preprocess_proof import with_preprocessor
     from vlmexport.package import package
 
     emitted = emitter("onnx", plan.options.layout)(vlm, split, plan, target, weights, folder, progress)
+    if preprocessor is not None:
+        emitted = with_preprocessor(emitted, preprocessor, folder)
     with progress.stage("package"):
         return package(vlm, split, plan, target, emitted, folder, calibration)
 

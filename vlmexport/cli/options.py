@@ -64,6 +64,7 @@ def onnx_options(function: Command) -> Command:
             attention=values.pop("attention"),
             kv_cache=values.pop("kv_cache"),
             prefill=values.pop("prefill"),
+            preprocessor=values.pop("with_preprocessor"),
             keep=values.pop("keep"),
             scheme_named=bool(named),
             choice=choice,
@@ -275,6 +276,10 @@ _ONNX_OPTIONS = (
     click.option(
         "--prefill", type=click.Choice(["same", "int8"]), default="same", show_default=True,
         help="Prompts: through the graph that decodes, or through INT8 products of their own (CPUs; a larger export).",
+    ),
+    click.option(
+        "--with-preprocessor", is_flag=True, show_default="off",
+        help="Add the image processor as a graph (resize, tile, normalise one picture), for runtimes without Python.",
     ),
     click.option(
         "--layout", type=click.Choice(["split", WEB_LAYOUT]), default="split", show_default=True,
