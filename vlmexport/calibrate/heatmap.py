@@ -192,9 +192,14 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e4e8ec;--soft:#9aa4af;--empty:#22272e}}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1100px;margin:0 auto;padding:32px 24px}h1{font-size:21px;margin:0 0 4px}.soft{color:var(--soft)}
-.wide{overflow-x:auto}table{border-collapse:separate;border-spacing:2px;font-variant-numeric:tabular-nums}
-th{font-weight:600;padding:4px 10px;white-space:nowrap;font-size:13.5px}th.row{text-align:right}
-td{min-width:76px;text-align:center;padding:8px 10px;font-size:13.5px;border-radius:3px}td.none{background:var(--empty)}
+.wide{overflow-x:auto}
+"""
+# Of `heat_table`, for any page; ``--empty`` is the colour of a module that is not quantized.
+HEAT_STYLE = """
+.heat{border-collapse:separate;border-spacing:2px;width:auto;font-variant-numeric:tabular-nums}
+.heat th{font-weight:600;padding:4px 10px;white-space:nowrap;font-size:13.5px;border:0}.heat th.row{text-align:right}
+.heat td{min-width:76px;text-align:center;padding:8px 10px;font-size:13.5px;border-radius:3px;border:0}
+.heat td.none{background:var(--empty)}
 .scale{height:14px;max-width:460px;margin-top:24px;border-radius:3px}
 .ticks{display:flex;justify-content:space-between;max-width:460px;font-size:13px}
 """
@@ -206,7 +211,19 @@ def write_html(found: Sensitivity, path: Path) -> None:
 
 
 def page(found: Sensitivity) -> str:
-    """The heat map as an HTML document without scripts; hovering a cell shows the weight's name and its 95 % limit."""
+    """The heat map as an HTML document without scripts."""
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>vlmexport sensitivity</title><style>{_STYLE}{HEAT_STYLE}</style></head><body><main>"
+        f'<h1>{escape(title(found))}</h1><p class="soft">{escape(subtitle(found))}</p>{notes}'
+        f"{heat_table(found)}</main></body></html>\n"
+    )
+
+
+def heat_table(found: Sensitivity) -> str:
+    """The cells and their scale as HTML; hovering a cell shows the weight's name and its 95 % limit."""
     scale = Scale.of(found.effects)
     header = "".join(f"<th>{escape(short_kind(kind))}</th>" for kind in found.kinds)
     rows = [f"<tr><th></th>{header}</tr>"]
@@ -217,15 +234,9 @@ def page(found: Sensitivity) -> str:
         rows.append(f'<tr><th class="row">{escape(short_kind(effect.kind))}</th>{_html_cell(effect, scale)}</tr>')
     ramp = ",".join(f"rgb{colour}" for colour in _RAMP)
     ticks = "".join(f"<span>{short_number(t).replace('1.0e', '1e')}</span>" for t in scale.ticks())
-    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>vlmexport sensitivity</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>{escape(title(found))}</h1><p class="soft">{escape(subtitle(found))}</p>{notes}'
-        f'<div class="wide"><table>{"".join(rows)}</table></div>'
+        f'<div class="wide"><table class="heat">{"".join(rows)}</table></div>'
         f'<div class="scale" style="background:linear-gradient(90deg,{ramp})"></div><div class="ticks">{ticks}</div>'
-        "</main></body></html>\n"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,18 @@ class Sensitivity:
             "modules": [asdict(effect) for effect in self.effects],
             "notes": list(self.notes),
         }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Sensitivity:
+        """Read `to_dict`'s data back; raises `BadInputError` for another version or damaged data."""
+        if data.get("version") != SENSITIVITY_VERSION:
+            raise BadInputError(f"a sensitivity of version {data.get('version')}, expected {SENSITIVITY_VERSION}")
+        try:
+            effects = tuple(ModuleEffect(**module) for module in data["modules"])
+            together, scheme = Divergence(**data["together"]), QuantScheme.from_dict(data["scheme"])
+            return Sensitivity(str(data["model"]), scheme, effects, together, tuple(map(str, data["notes"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInputError(f"the sensitivity is damaged: {error}") from error
 
 
 def measure_sensitivity(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=example("vlmexport bench demo-int4", "vlmexport bench demo-int4 --json bench.json"),
+    epilog=example("vlmexport bench demo-int4", "vlmexport bench demo-int4 --json bench.json --html bench.html"),
     short_help="Measure an export, and PyTorch beside it.",
 )
 @artifact_argument
@@ -26,10 +26,20 @@ if TYPE_CHECKING:
 @click.option(
     "--record/--no-record", default=False, show_default=True, help="Keep the numbers in the export's manifest."
 )
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE", show_default="none",
+    help="Write a page with the bars.",
+)  # fmt: skip
 @trust_option
 @common_options
 def command(
-    session: Session, artifact: Path, model: str | None, lora: str | None, record: bool, trust_remote_code: bool
+    session: Session,
+    artifact: Path,
+    model: str | None,
+    lora: str | None,
+    record: bool,
+    html: Path | None,
+    trust_remote_code: bool,
 ) -> None:
     """Measure the export in DIR, and PyTorch with the original model in the same run."""
     with session.progress() as progress:
@@ -38,6 +48,11 @@ def command(
         )
     data = report.to_dict()
     session.write_json(data)
+    if html is not None:
+        from vlmexport.verify.report.html import write_bench
+        from vlmexport.verify.report.sections import read_beside
+
+        write_bench(data, html, read_beside(artifact, None, None))
     print_bench(data, session.console())
 
 

@@ -13,15 +13,16 @@ from vlmexport.cli.onnx import print_and_judge
 from vlmexport.cli.options import reference_lora_option, reference_option, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import example
-from vlmexport.errors import NotPossibleHereError
+from vlmexport.errors import BadInputError, NotPossibleHereError
 
 if TYPE_CHECKING:
+    from vlmexport.verify.report.sections import Beside
     from vlmexport.verify.result import ParityReport
 
 _PERCENT = 100
 
 
-class Share(click.ParamType):
+class Share(click.ParamType[float]):
     """A share of 0 or more: ``5%`` or ``0.05``."""
 
     name = "share"
@@ -64,6 +65,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--junit", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write JUnit XML.")
 @click.option("--html", type=_FILE, default=None, metavar="FILE", show_default="none", help="Write a page with plots.")
 @click.option(
+    "--bench", type=_FILE, default=None, metavar="FILE", show_default="the export's own, from `bench --record`",
+    help="What `bench --json` wrote, for the page.",
+)  # fmt: skip
+@click.option(
+    "--sensitivity", type=_FILE, default=None, metavar="FILE", show_default="none",
+    help="The sensitivity.json of `vlmexport sensitivity`, for the page's heat map.",
+)  # fmt: skip
+@click.option(
     "--baseline", type=_FILE, default=None, metavar="FILE", show_default="none",
     help="An earlier report of `verify --json`: fail where a number became worse.",
 )  # fmt: skip
@@ -85,6 +94,8 @@ def command(
     samples: Path | None,
     junit: Path | None,
     html: Path | None,
+    bench: Path | None,
+    sensitivity: Path | None,
     baseline: Path | None,
     max_regression: float,
     allow_not_run: bool,
@@ -98,6 +109,9 @@ def command(
     """
     from vlmexport.verify.baseline import against_baseline, read_baseline
 
+    if html is None and (bench or sensitivity):
+        raise BadInputError(f"{'--bench' if bench else '--sensitivity'} is for the page; give --html FILE, too")
+    shown = _beside(artifact, bench, sensitivity) if html else None
     earlier = None if baseline is None else read_baseline(baseline)
     with session.progress() as progress:
         report = api.verify_artifact(
@@ -112,14 +126,14 @@ def command(
     if earlier is not None:
         report = against_baseline(report, earlier, max_regression)
     session.write_json(report.to_dict())
-    write_reports(report, junit, html)
+    write_reports(report, junit, html, shown)
     print_and_judge(report, session.console())
     if report.status == "incomplete" and not allow_not_run:
         raise NotPossibleHereError(_not_run_message(report))
 
 
-def write_reports(report: ParityReport, junit: Path | None, html: Path | None) -> None:
-    """Write the report files that were asked for."""
+def write_reports(report: ParityReport, junit: Path | None, html: Path | None, beside: Beside | None = None) -> None:
+    """Write the report files that were asked for; `beside` is what the page shows beside the gate."""
     if junit is not None:
         from vlmexport.verify.report.junit import write as write_junit
 
@@ -127,7 +141,13 @@ def write_reports(report: ParityReport, junit: Path | None, html: Path | None) -
     if html is not None:
         from vlmexport.verify.report.html import write as write_html
 
-        write_html(report, html)
+        write_html(report, html, beside)
+
+
+def _beside(path: Path, bench: Path | None, sensitivity: Path | None) -> Beside:
+    from vlmexport.verify.report.sections import read_beside
+
+    return read_beside(path, bench, sensitivity)
 
 
 def _not_run_message(report: ParityReport) -> str:

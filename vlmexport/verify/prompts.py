@@ -83,7 +83,8 @@ def answer_items(prompts: Prompts, asked: Sequence[Question], drawn: int) -> lis
         probes = [_drawn_probe(TEST_SEEDS[-1 - index]) for index in range(drawn)]
         return [Item(build(prompts.exported, probe), build(own, probe)) for probe in probes]
     return [
-        Item(prompts.exported.build(q.images, q.text), own.build(q.images, q.text), q.answers, q.task) for q in asked
+        Item(prompts.exported.build(q.images, q.text), own.build(q.images, q.text), q.answers, q.task, q.text, q.images)
+        for q in asked
     ]
 
 

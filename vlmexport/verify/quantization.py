@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from vlmexport.verify import metrics
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.parts import merged_input
 from vlmexport.verify.questions import is_correct
-from vlmexport.verify.result import QuantizationSummary, Question, TaskAccuracy
+from vlmexport.verify.result import AnsweredQuestion, QuantizationSummary, Question, TaskAccuracy
 
 # Runner, prompts and answers to the logits that predict each answer.
 Forced: TypeAlias = Callable[[Runner, Sequence[DecoderInputs], Sequence[list[int]]], Iterator[Array]]
@@ -35,6 +36,8 @@ class Item:
     reference: ModelInputs
     answers: tuple[str, ...] = ()
     task: str = "all"
+    question: str = ""
+    images: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Answers:
     agreed: list[bool] = field(default_factory=list)
     reference_nll: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
+    given: list[AnsweredQuestion] = field(default_factory=list)
     hits: list[tuple[str, bool, bool]] = field(default_factory=list)
     by_step: list[list[float]] = field(default_factory=list)
 
@@ -62,6 +66,15 @@ class Answers:
             if step == len(self.by_step):
                 self.by_step.append([])
             self.by_step[step].append(divergence)
+
+    def ask(self, item: Item, original: str, exported: str) -> None:
+        """Take in both texts for one scored item."""
+        original_hit, hit = (is_correct(text, item.answers) for text in (original, exported))
+        self.hits.append((item.task, original_hit, hit))
+        images = tuple(map(str, item.images))
+        self.given.append(
+            AnsweredQuestion(item.task, item.question, images, item.answers, exported, original, hit, original_hit)
+        )
 
     def summary(self) -> QuantizationSummary:
         """The five numbers; accuracies are None when no item was scored."""
@@ -142,8 +155,7 @@ def collect_answers(
             given = greedy_answers(shipped, ours, max_new_tokens)
             for item, right, answer in zip(batch, wanted, given, strict=True):
                 if item.answers:
-                    original_hit, hit = (is_correct(decode_text(t), item.answers) for t in (right, answer))
-                    found.hits.append((item.task, original_hit, hit))
+                    found.ask(item, decode_text(right), decode_text(answer))
         reference_logits = answers_in_one_prompt(original, theirs, wanted)
         for reference, logits, tokens in zip(reference_logits, forced(shipped, ours, wanted), wanted, strict=True):
             found.add(reference, logits, np.array(tokens, dtype=np.int64))

@@ -80,11 +80,28 @@ class TaskAccuracy:
 
 
 @dataclass(frozen=True)
+class AnsweredQuestion:
+    """One question with accepted answers, and what the export and the original model said.
+
+    `images` are the picture files. `correct` and `reference_correct`: is it one of the `accepted` ones?
+    """
+
+    task: str
+    question: str
+    images: tuple[str, ...]
+    accepted: tuple[str, ...]
+    answer: str
+    reference_answer: str
+    correct: bool
+    reference_correct: bool
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The result of ``verify``.
 
     `series` holds named number series for plots (per decode step); `runtime` says what ran it (provider, versions,
-    threads, seconds).
+    threads, seconds). `answers`: every question with accepted answers, in the order in which they were asked.
     """
 
     checks: tuple[Check, ...]
@@ -93,6 +110,7 @@ class ParityReport:
     series: dict[str, tuple[float, ...]] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[TaskAccuracy, ...] = ()
+    answers: tuple[AnsweredQuestion, ...] = ()
 
     @property
     def status(self) -> Overall:
@@ -135,6 +153,7 @@ class ParityReport:
                 "reasons": {c.name: c.reason for c in self.checks if c.reason},
                 "series": {name: [_number(v) for v in values] for name, values in self.series.items()},
                 "tasks": [dataclasses.asdict(task) for task in self.tasks],
+                "answers": [dataclasses.asdict(answer) for answer in self.answers],
             },
         }
 

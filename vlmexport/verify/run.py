@@ -174,6 +174,7 @@ def verify_artifact(
                 series=gate.series,
                 runtime=_runtime_facts(run, reference, used, len(asked), time.perf_counter() - started),
                 tasks=answers.tasks(),
+                answers=tuple(answers.given),
             )
     return of_variants(reports)
 

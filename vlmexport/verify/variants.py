@@ -33,6 +33,7 @@ def of_variants(reports: Mapping[str, ParityReport]) -> ParityReport:
             "variants": {name: _summary(report) for name, report in reports.items()},
         },
         tasks=first.tasks,
+        answers=first.answers,
     )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from vlmexport.calibrate.heatmap import HEAT_STYLE
+from vlmexport.verify.report.sections import Beside, sections
 from vlmexport.verify.report.svg import Bar, bars, line
 from vlmexport.verify.report.words import (
     CheckGroup,
@@ -22,9 +26,9 @@ from vlmexport.verify.result import Check, ParityReport
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--panel:#f6f7f9;--ink:#1c2128;--soft:#5c6570;--rule:#d9dee4;--good:#1a7f4b;
---bad:#c4302b;--wait:#9a6700;--blue:#2f6fbf;--limit:#8a4fbf}
+--empty:#eceef0;--bad:#c4302b;--wait:#9a6700;--blue:#2f6fbf;--limit:#8a4fbf}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--panel:#1d2127;--ink:#e4e8ec;--soft:#9aa4af;--rule:#333a43;
---good:#4cc38a;--bad:#ff7b72;--wait:#e3b341;--blue:#6cb0ff;--limit:#c397f0}}
+--empty:#22272e;--good:#4cc38a;--bad:#ff7b72;--wait:#e3b341;--blue:#6cb0ff;--limit:#c397f0}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1000px;margin:0 auto;padding:32px 24px 64px}
@@ -49,6 +53,11 @@ svg .axis{fill:var(--soft);font-size:11px}svg .value{font-variant-numeric:tabula
 .grid{stroke:var(--rule);stroke-width:1}.bar.passed{fill:var(--blue)}.bar.failed{fill:var(--bad)}
 .mark{stroke:var(--limit);stroke-width:3}.limit{stroke:var(--limit);stroke-width:1.5;stroke-dasharray:5 4}
 svg .limit-label{fill:var(--limit);font-size:11px}.series{fill:none;stroke:var(--blue);stroke-width:1.8}
+.bar.own{fill:var(--blue)}.bar.other{fill:var(--soft)}
+.answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:16px}
+.answers img{display:block;width:100%;height:auto;border-radius:4px;margin-bottom:8px;image-rendering:auto}
+.answers .card{padding:12px}
+.answers dl{grid-template-columns:auto 1fr;margin:0}.answers dd{text-align:left;font-weight:400}
 .dot{fill:var(--blue)}.key{color:var(--limit);font-weight:600}
 """
 _PLOTS = (
@@ -58,19 +67,30 @@ _PLOTS = (
 )
 
 
-def write(report: ParityReport, path: Path) -> None:
+def write(report: ParityReport, path: Path, beside: Beside | None = None) -> None:
     """Write the page to `path` (UTF-8)."""
-    path.write_text(page(report), encoding="utf-8")
+    path.write_text(page(report, beside), encoding="utf-8")
 
 
-def page(report: ParityReport) -> str:
-    """The report as an HTML document."""
+def page(report: ParityReport, beside: Beside | None = None) -> str:
+    """The report as an HTML document; `beside` says what there is to show of the export itself."""
     body = [_head(report), _alerts(report), _cards(report), _part_plot(report), _step_plots(report), _tasks(report)]
-    body += [_table(report.checks), _facts(report)]
+    body += [*sections(beside or Beside(), report.answers), _table(report.checks), _facts(report)]
+    return document(f"vlmexport verify: {report.status}", body)
+
+
+def write_bench(bench: Mapping[str, Any], path: Path, beside: Beside) -> None:
+    """Write the page of a measurement (``bench --json``'s data) to `path` (UTF-8)."""
+    body = ["<h1>Measured</h1>", *sections(replace(beside, bench=bench), ())]
+    path.write_text(document("vlmexport bench", body), encoding="utf-8")
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A self-contained page of the fragments `body`."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>vlmexport verify: {report.status}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{HEAT_STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -158,9 +178,15 @@ def _step_plots(report: ParityReport) -> str:
     figures = [
         f"<section class=card><h3>{escape(title)}</h3>{line(values, limits.get(check), title, label)}</section>"
         for name, title, label, check in plots
-        if (values := report.series.get(name))
+        if (values := _series(report, name))
     ]
     return f"<h2>Error per step</h2><div class=cards>{''.join(figures)}</div>" if figures else ""
+
+
+def _series(report: ParityReport, name: str) -> Sequence[float]:
+    """The series of that name: of an export with variants, the primary one's."""
+    found = (values for key, values in report.series.items() if key.rpartition(":")[2] == name)
+    return next(found, ())
 
 
 def _tasks(report: ParityReport) -> str:

@@ -1,4 +1,4 @@
-"""Two small plots as inline SVG: bars with limit marks and a line per step, both on a logarithmic scale.
+"""Small plots as inline SVG: bars with limit marks and a line per step on a logarithmic scale, bars from 0.
 
 Colours come from the page's style sheet (classes), so that the plots follow its light and dark form.
 """
@@ -28,6 +28,14 @@ class Bar:
     status: str
 
 
+@dataclass(frozen=True)
+class Group:
+    """Bars that belong together under one `label`: name, value (0 or more) and whether it is the export's, of each."""
+
+    label: str
+    bars: Sequence[tuple[str, float, bool]]
+
+
 def bars(rows: Sequence[Bar], title: str) -> str:
     """Horizontal bars on a common log axis; a mark shows each row's own limit."""
     low, high = _decades([v for row in rows for v in (row.value, row.limit)])
@@ -40,6 +48,32 @@ def bars(rows: Sequence[Bar], title: str) -> str:
         parts.append(f'<text class="axis" x="{x:.1f}" y="{height - 8}" text-anchor="middle">1e{exponent}</text>')
     for index, row in enumerate(rows):
         parts.append(_bar(row, index * _ROW, low, high))
+    return "".join([*parts, "</svg>"])
+
+
+def grouped(groups: Sequence[Group], title: str, unit: str = "") -> str:
+    """Horizontal bars from 0 on one linear scale, the export's in the series' colour, the others in grey."""
+    named = any(group.label for group in groups)
+    left = 190 if named else 110
+    plot, right, bar = (620 if named else 220), 90, 22
+    top = max((value for group in groups for _, value, _ in group.bars), default=0.0) or 1.0
+    gap = 8 if named else 0
+    height = sum(bar * len(group.bars) + gap for group in groups) + 4
+    parts, y = [_open(left + plot + right, height, title)], 0.0
+    for group in groups:
+        if group.label:
+            parts.append(f'<text class="label" x="0" y="{y + 15}">{escape(group.label)}</text>')
+        for name, value, own in group.bars:
+            kind, length, end = "own" if own else "other", plot * value / top, left - 8
+            words = f"{compact(value)}{f' {unit}' if unit else ''}"
+            parts.append(
+                f"<g><title>{escape(f'{group.label} {name}: {words}'.strip())}</title>"
+                f'<text class="axis" x="{end}" y="{y + 15}" text-anchor="end">{escape(name)}</text>'
+                f'<rect class="bar {kind}" x="{left}" y="{y + 4}" width="{max(length, 1):.1f}" height="14" rx="2"/>'
+                f'<text class="value" x="{left + length + 8:.1f}" y="{y + 15}">{escape(words)}</text></g>'
+            )
+            y += bar
+        y += gap
     return "".join([*parts, "</svg>"])
 
 
