@@ -13,21 +13,39 @@ from vlmexport.errors import BadInputError
 
 Array = NDArray[Any]
 PIXELS, SIZES = "pixel_values", "image_sizes"
+GRIDS, PATCH_MASK = "spatial_shapes", "pixel_attention_mask"
 
 
 @dataclass(frozen=True)
 class EachPicture:
-    """The tower takes ``pixel_values`` ``[1, channels, height, width]``; features are joined along `axis`."""
+    """The tower takes ``pixel_values`` ``[1, channels, height, width]``; features are joined along `axis`.
+
+    `patches`: the processor gives rows of patches ``[pictures, patches, values]`` with their ``spatial_shapes`` (rows,
+    columns), which the tower takes as ``[1, values, rows, columns]``; features are joined as rows ``[rows, width]``.
+    """
 
     axis: int
+    patches: bool = False
 
     def pictures(self, pixel_inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
-        """The tower's inputs, one for each picture, without the padding beyond its ``image_sizes`` (height, width)."""
-        pixels, sizes = pixel_inputs[PIXELS], pixel_inputs[SIZES].tolist()
+        """The tower's inputs, one for each picture, without the padding beyond its size or its grid."""
+        named = GRIDS if self.patches else SIZES
+        pixels, sizes = pixel_inputs[PIXELS], pixel_inputs[named].tolist()
         if len(pixels) != len(sizes):
-            raise BadInputError(f"{PIXELS} holds {len(pixels)} pictures, {SIZES} {len(sizes)}")
+            raise BadInputError(f"{PIXELS} holds {len(pixels)} pictures, {named} {len(sizes)}")
+        if self.patches:
+            return [{PIXELS: _grid(pixels[i], h, w)} for i, (h, w) in enumerate(sizes)]
         return [{PIXELS: pixels[i : i + 1, :, :h, :w]} for i, (h, w) in enumerate(sizes)]
 
     def join(self, features: Sequence[Array]) -> Array:
         """The features of all pictures as the projector takes them."""
+        if self.patches:
+            features = [array.reshape(-1, array.shape[-1]) for array in features]
         return np.concatenate(features, axis=self.axis)
+
+
+def _grid(patches: Array, rows: int, columns: int) -> Array:
+    """``[1, values, rows, columns]`` of patches ``[rows * columns or more, values]``."""
+    if rows * columns > len(patches):
+        raise BadInputError(f"{GRIDS} has a picture of {rows} x {columns} patches, {PIXELS} {len(patches)} of each")
+    return patches[: rows * columns].T.reshape(1, -1, rows, columns)

@@ -11,20 +11,29 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
-from vlmexport.model.pictures import PIXELS, SIZES, EachPicture
+from vlmexport.model.pictures import GRIDS, PIXELS, SIZES, EachPicture
 from vlmexport.split.features import FeatureCall
+from vlmexport.split.patches import grids, one_grid, takes_patches
 
 Example = dict[str, torch.Tensor]
 
 
 def takes_sizes(ask: FeatureCall, example: Mapping[str, torch.Tensor]) -> bool:
-    """Is the model given pictures ``[pictures, channels, height, width]`` with their sizes, and nothing else?"""
+    """Is the model given pictures ``[pictures, channels, height, width]`` with their sizes, and nothing else?
+
+    Or their patches with their grids, see `patches.takes_patches`.
+    """
+    if takes_patches(ask, example):
+        return True
     return ask.arguments.keys() == {PIXELS, SIZES} and example[PIXELS].ndim == len("NCHW")
 
 
 def for_one_picture(ask: FeatureCall) -> FeatureCall:
     """`ask` for one picture without padding: its size is that of its pixels."""
+    if GRIDS in ask.arguments:
+        return one_grid(ask)
 
     def function(_owner: Any, **inputs: torch.Tensor) -> Any:
         size = tuple(inputs[ask.arguments[PIXELS]].shape[-2:])
@@ -36,14 +45,39 @@ def for_one_picture(ask: FeatureCall) -> FeatureCall:
 
 def single_pictures(example: Mapping[str, torch.Tensor]) -> tuple[Example, ...]:
     """The pictures of `example`, each without its padding."""
+    if GRIDS in example:
+        return grids(example)
     sizes = example[SIZES].tolist()
     return tuple({PIXELS: example[PIXELS][i : i + 1, :, :h, :w].contiguous()} for i, (h, w) in enumerate(sizes))
 
 
-def joining(tensors: list[torch.Tensor]) -> EachPicture | None:
-    """How features of single pictures are joined: along the one axis whose size depends on them; None if none."""
+def joining(tensors: list[torch.Tensor], *, patches: bool) -> EachPicture | None:
+    """How features of single pictures are joined: along the one axis whose size depends on them; None if none.
+
+    Those of grids of patches are joined as rows.
+    """
     first = tensors[0].shape
+    if patches:
+        return EachPicture(0, patches=True) if all(t.shape[-1] == first[-1] for t in tensors) else None
     if any(len(t.shape) != len(first) for t in tensors):
         return None
     axes = {axis for t in tensors for axis, size in enumerate(t.shape) if size != first[axis]}
     return EachPicture(axes.pop()) if len(axes) == 1 else None
+
+
+def joined(tensors: list[torch.Tensor], how: EachPicture) -> torch.Tensor:
+    """`EachPicture.join` of tensors."""
+    return torch.cat([t.flatten(0, -2) for t in tensors] if how.patches else tensors, dim=how.axis)
+
+
+def takes_rows(projector: nn.Module, tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Does `projector` make of the one tensor in `tensors` what it makes of its rows ``[rows, width]``?"""
+    if len(tensors) != 1:
+        return False
+    with torch.no_grad():
+        whole = projector(tensors[0])
+        try:
+            rows = projector(tensors[0].flatten(0, -2))
+        except (RuntimeError, ValueError, IndexError):  # it looks at axes that rows lack
+            return False
+    return isinstance(rows, torch.Tensor) and torch.allclose(rows, whole.flatten(0, -2))

@@ -12,11 +12,11 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.anyres import AnyRes
-from vlmexport.model.pictures import EachPicture
+from vlmexport.model.pictures import GRIDS, EachPicture
 from vlmexport.split.axes import dynamic_dims
 from vlmexport.split.decoder import text_decoder
 from vlmexport.split.deepstack import deepstack_seen
-from vlmexport.split.each import for_one_picture, joining, single_pictures, takes_sizes
+from vlmexport.split.each import for_one_picture, joined, joining, single_pictures, takes_rows, takes_sizes
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.interception import Absorber, ProjectorCall, intercepted
 from vlmexport.split.names import module_path, weight_names
@@ -163,9 +163,9 @@ def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tupl
     """`split_vision` for a tower that is run for one picture at a time, and a projector of all pictures' features."""
     one, pictures = for_one_picture(ask), tuple(single_pictures(example) for example in pixels)
     every = tuple(picture for example in pictures for picture in example)
-    projector, calls = _projector_of_each(vlm, one, every)
+    projector, calls = _projector_of_each(vlm, one, every, rows=GRIDS in ask.arguments)
     tensors = [call.tensors[0] for call in calls]
-    how = joining(tensors)
+    how = joining(tensors, patches=GRIDS in ask.arguments)
     if how is None or len(calls[0].tensors) != 1:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: what its image encoder makes of single pictures cannot be joined for the "
@@ -173,14 +173,14 @@ def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tupl
         )
     supply, hidden = iter(tensors), []
     for group in pictures:
-        hidden.append({_FEATURES: torch.cat([next(supply) for _ in group], dim=how.axis)})
+        hidden.append({_FEATURES: joined([next(supply) for _ in group], how)})
     encoder_names, projector_names = _used_parameters(vlm, one, projector, every[0], calls[0])
     wrapper = Projector(projector, calls[0].form, (_FEATURES,), projector_names)
     wrapper.pictures = how
-    for example, joined in zip(pixels, hidden, strict=True):
+    for example, inner in zip(pixels, hidden, strict=True):
         with torch.no_grad():
             expected = flat_features(vlm, ask(example))
-        _check_features(vlm, wrapper, joined, expected)
+        _check_features(vlm, wrapper, inner, expected)
     encoder = VisionEncoder(vlm.model, one, projector, (_FEATURES,), encoder_names)
     _check_encoder(vlm, encoder, every[0], calls[0])
     singles = tuple({_FEATURES: tensor} for tensor in tensors)
@@ -189,13 +189,18 @@ def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tupl
     return vision, part
 
 
-def _projector_of_each(vlm: VLM, ask: FeatureCall, pictures: tuple[Example, ...]) -> tuple[nn.Module, list[_Call]]:
+def _projector_of_each(
+    vlm: VLM, ask: FeatureCall, pictures: tuple[Example, ...], *, rows: bool
+) -> tuple[nn.Module, list[_Call]]:
     """The outermost module that can be the projector of every picture, and how it is called for each.
 
-    One that is told the picture's size cannot: it belongs to the encoder, but for what it calls last.
+    One that is told the picture's size cannot: it belongs to the encoder, but for what it calls last. With `rows` it
+    must also take features as rows, which have lost the picture's shape.
     """
     refusal: UnsupportedModelError | None = None
     for projector in reversed(_projectors(vlm, ask, pictures[0])):
+        if rows and not takes_rows(projector, _record_call(vlm, ask, projector, pictures[0]).tensors):
+            continue
         calls = [_record_call(vlm, ask, projector, picture) for picture in pictures]
         try:
             _check_same_form(vlm, calls)
