@@ -51,7 +51,7 @@ class SharedCache(Cache):
     bindings: tuple[Any, ...]
     buffers: dict[str, ort.OrtValue]
     capacity: int
-    states: StateBuffers
+    states: StateBuffers = field(default_factory=lambda: StateBuffers((), 0, {}, "cpu"))
 
     def stored(self, layer: int, kind: Literal["key", "value"], start: int, stop: int) -> Array:
         """What the cache holds of positions `start` to `stop` (a copy): ``[batch, heads, stop - start, head_dim]``."""

@@ -64,8 +64,8 @@ class _OfOnePicture:
         if name.startswith("_"):
             raise AttributeError(name)
         raise UnsupportedModelError(
-            f"the image encoder uses the grids or the mask of its pictures in a way that cannot be traced ({name}); such "
-            "encoders are not supported yet"
+            f"the image encoder uses the grids or the mask of its pictures in a way that cannot be traced ({name}); "
+            "such encoders are not supported yet"
         )
 
 
@@ -118,7 +118,7 @@ def resized_by_matrices() -> Iterator[None]:
     """Within, ``interpolate`` with antialiasing multiplies by `antialiasing` matrices: any size can be traced."""
     before = nn.functional.interpolate
 
-    def resize(input: torch.Tensor, size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002
+    def resize(input: torch.Tensor, size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         settings = kwargs.get("mode"), kwargs.get("antialias"), bool(kwargs.get("align_corners"))
         if args or size is None or settings != ("bilinear", True, False):
             return before(input, size, *args, **kwargs)
