@@ -33,11 +33,12 @@ def owned_parameters(vlm: VLM, split: Split) -> list[OwnedParameter]:
 
     everything = dict(vlm.model.named_parameters(remove_duplicate=False))
     vision, projector = split.parts[Role.VISION_ENCODER], split.parts[Role.PROJECTOR]
+    tables = weight_names(vlm.model, split.parts[Role.EMBEDDING].module)
     claims: list[tuple[Role, Iterable[str], bool]] = [
         (Role.VISION_ENCODER, part_parameter_names(vision), True),
         (Role.VISION_ENCODER, unused_parameter_names(vlm, vision, projector), False),
-        (Role.PROJECTOR, part_parameter_names(projector), True),
-        (Role.EMBEDDING, weight_names(vlm.model, split.parts[Role.EMBEDDING].module), True),
+        (Role.PROJECTOR, (name for name in part_parameter_names(projector) if name not in tables), True),
+        (Role.EMBEDDING, tables, True),
         *((role, part_parameter_names(part), True) for role, part in split.parts.items() if role is Role.ENCODER),
         (Role.DECODER, weight_names(vlm.model, split.parts[Role.DECODER].module), True),
     ]

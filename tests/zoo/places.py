@@ -101,8 +101,8 @@ def _chameleon(folder: Path) -> Path:
     """
     codes = 24
     names = {"IMGIMG" + "".join(chr(ord("A") + int(d)) for d in str(i)) + "Z": VOCAB - 2 * i - 1 for i in range(codes)}
-    vq = {"embed_dim": 16, "num_embeddings": codes, "latent_channels": 16, "resolution": 32, "base_channels": 32,
-          "channel_multiplier": [1, 2], "num_res_blocks": 1}  # fmt: skip
+    vq = {"embed_dim": 16, "num_embeddings": codes, "latent_channels": 16, "resolution": 16, "base_channels": 32,
+          "channel_multiplier": [1, 1, 2], "num_res_blocks": 1}  # fmt: skip
     config = transformers.ChameleonConfig(
         **{k: v for k, v in _text("").items() if k not in ("model_type", "head_dim")}, vq_config=vq,
         vocabulary_map={"<image>": IMAGE, **names}, tie_word_embeddings=False,
@@ -121,13 +121,14 @@ def _chameleon(folder: Path) -> Path:
 def _chameleon_examples(_vlm: VLM) -> tuple[Example, ...]:
     made = []
     for index, count in enumerate((2, 1, 3)):
-        pieces = [piece for i in range(count) for piece in ([MARKS[0]], [IMAGE] * 256, [MARKS[1]], _words(2, i))]
+        pieces = [piece for i in range(count) for piece in ([MARKS[0]], [IMAGE] * 16, [MARKS[1]], _words(2, i))]
         prompt = _prompt(_words(2, index), *pieces, _words(4 + index, 9 + index))
-        made.append({**prompt, "pixel_values": _noise(count, 3, 32, 32, seed=index)})
+        made.append({**prompt, "pixel_values": _noise(count, 3, 16, 16, seed=index)})
     return tuple(made)
 
 
 ENTRIES: dict[str, Entry] = {
+    "chameleon": Entry(_chameleon, _chameleon_examples),
     "molmo2": Entry(_molmo2, _molmo2_examples),
     "ovis2": Entry(_ovis2, _ovis2_examples),
 }

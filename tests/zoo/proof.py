@@ -26,6 +26,7 @@ from vlmexport.split.parts import Role, Split
 from vlmexport.target import load_target
 
 STEPS = 16
+LOWEST = 1e38
 FLOATS = OnnxOptions(scheme=None, encoder_dtype="fp32", decoder_dtype="fp32")
 
 
@@ -87,7 +88,11 @@ def largest_differences(zooed: Zooed, artifact: Artifact) -> dict[str, float]:
 
 
 def relative(got: Any, wanted: Any) -> float:
-    """Largest difference over the largest wanted value; inf for another shape."""
+    """Largest difference over the largest wanted value; inf for another shape.
+
+    What a model sets to the lowest number (logits of tokens that it never writes) must be that, and is no measure.
+    """
     if got.shape != wanted.shape:
         return float("inf")
-    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+    measured = np.where(wanted > -LOWEST, wanted, 0)
+    return float(np.abs(got.astype(np.float64) - wanted).max() / np.abs(measured).max())

@@ -18,6 +18,7 @@ from tests.zoo.measure import _TEXT
 from tests.zoo.places import IMAGE, MARKS
 from tests.zoo.proof import FLOATS, Zooed, export, relative
 from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.manifest import open_artifact
 from vlmexport.model.blocks import block_ids
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.placing import joined_features, place_features
@@ -27,7 +28,10 @@ from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split import capture, places
 from vlmexport.split.capture import split_model
-from vlmexport.split.decoder import capture_decoder_call
+from vlmexport.split.decoder import DecoderCall, DecoderPart, capture_decoder_call
+from vlmexport.split.logits import HiddenTokens, find_hidden_tokens
+from vlmexport.split.parts import Role
+from vlmexport.verify.metrics import relative_error
 
 
 def take_apart(family: str, folder: Path) -> Zooed:
@@ -129,3 +133,47 @@ def test_tokens_of_one_block_are_found_by_their_ids() -> None:
     ids = np.array([[9, 7, 5, 9, 7]])
     assert block_ids("image_tokens", ids, 7, (5, 7)).tolist() == [[0, 1, 1, 0, 1]]
     assert block_ids("image_blocks", ids, 7, (5, 7)).tolist() == [[0, 1, 0, 0, 2]]
+
+
+@pytest.mark.slow
+@pytest.mark.family
+def test_ids_of_pictures_are_rows_of_the_one_table(tmp_path: Path) -> None:
+    """The encoder gives ids, the projector reads the embedding's data, and ids of pictures are never written."""
+    zooed = take_apart("chameleon", tmp_path / "model")
+    decoder = zooed.split.parts[Role.DECODER].module
+    assert isinstance(decoder, DecoderPart)
+    assert decoder.hidden_tokens is not None
+    assert len(decoder.hidden_tokens.ids) == 24
+    assert zooed.split.parts[Role.VISION_ENCODER].signature.outputs[0].dtype == "int32"
+    _check_export(zooed, tmp_path / "onnx")
+    assert not (tmp_path / "onnx/projector.onnx_data").exists()
+    example = zooed.examples[0]
+    item = inputs_of(example)
+    ours = OnnxRunner(open_artifact(tmp_path / "onnx"), threads=1, exact=True)
+    inputs, mask = merged_inputs(ours, [item])
+    logits = inputs.prefill(ours, mask, 0)[0]
+    with torch.no_grad():
+        whole = zooed.vlm.model(**example).logits.numpy()
+    lowest = np.finfo(np.float32).min
+    np.testing.assert_array_equal(logits == lowest, whole == lowest)
+
+
+@pytest.mark.slow
+def test_logits_that_are_not_hidden_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, examples = registry.make("chameleon", tmp_path)
+    monkeypatch.setattr(places, "find_hidden_tokens", lambda _calls: None)
+    with pytest.raises(UnsupportedModelError, match=r"chameleon: the replayed decoder and LM head, given embeddings"):
+        split_model(vlm, examples)
+
+
+def test_logits_of_tokens_that_are_never_written_are_a_constant() -> None:
+    """Only tokens that are hidden at every position count; the rest is as the head gives it."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.tensor([[[1.0, lowest, 3.0], [lowest, lowest, 2.0]]])
+    hidden = find_hidden_tokens([DecoderCall({}, logits)])
+    assert hidden == HiddenTokens((1,), lowest)
+    assert hidden.hide(torch.ones(1, 3)).tolist() == [[1.0, lowest, 1.0]]
+    assert find_hidden_tokens([DecoderCall({}, torch.ones(1, 2, 3))]) is None
+    out = np.array([[1.0, np.float32(lowest), 3.0]], np.float32)
+    assert relative_error(out, np.array([[1.0, np.float32(lowest), 3.3]], np.float32)) == pytest.approx(0.1, rel=1e-4)
+    assert relative_error(out, np.array([[1.0, 2.0, 3.0]], np.float32)) > 1e30

@@ -26,10 +26,11 @@ from vlmexport.split.difference import refuse_difference as _refuse_difference
 from vlmexport.split.encoder_decoder import is_encoder_decoder, split_encoder_decoder
 from vlmexport.split.examples import processor_examples
 from vlmexport.split.language import LanguageParts
+from vlmexport.split.logits import find_hidden_tokens
 from vlmexport.split.masks import SeenMasks, find_masks
 from vlmexport.split.parts import Part, Role, Signature, Split
 from vlmexport.split.per_layer import embedding_part, per_layer_spec, with_per_layer
-from vlmexport.split.places import find_places, fixed_rows, merged_embeddings
+from vlmexport.split.places import find_places, fixed_rows, merged_embeddings, with_embeddings
 from vlmexport.split.positions import (
     configure,
     deepstack_arguments,
@@ -78,6 +79,7 @@ def _language(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Langua
         return split_encoder_decoder(vlm, examples)
     calls = [capture_decoder_call(vlm.model, example) for example in examples]
     _refuse_nan(vlm, calls)
+    calls = with_embeddings(vlm, examples, calls)
     kv = find_cache(vlm)
     decoder, merge, difference = split_decoder(vlm, examples, calls, kv)
     return LanguageParts({Role.DECODER: decoder}, merge, kv, calls, difference)
@@ -98,6 +100,7 @@ def split_decoder(
     merge = with_per_layer(merge, calls)
     configure(decoder, merge)
     masks = find_masks(vlm, decoder, examples, calls)
+    decoder.hidden_tokens = find_hidden_tokens(calls)
     decoder.blocks, decoder.logit_cap = masks.blocks, find_logit_cap(decoder, calls[-1])
     if masks.blocks is not None:
         extras = (*merge.extras, "block_ids")

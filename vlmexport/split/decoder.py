@@ -15,6 +15,7 @@ from vlmexport.model.per_token import PER_LAYER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vlmexport.split.logits import HiddenTokens
     from vlmexport.split.masks import BlockMasks
 
 # Keyword arguments that steer the call and carry no tensor of the model's semantics.
@@ -23,8 +24,8 @@ _CONTROL = {
     "use_cache",
     "output_attentions",
     "output_hidden_states",
-    "return_dict",
     "output_router_logits",
+    "return_dict",
     "logits_to_keep",
 }
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
@@ -36,7 +37,7 @@ class DecoderPart(nn.Module):
     `blocks` says how masks follow from blocks of tokens that see each other; None for causal masks. `logit_cap`: logits
     are ``cap * tanh(logits / cap)``; 0 for logits as the head gives them. `position_axes`: 3 for M-RoPE positions.
     `deepstack_layers`: so many first layers get something added. `kv`: what it keeps from token to token; None where
-    that is what the config says.
+    that is what the config says. `hidden_tokens`: tokens that it never writes; None for none.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DecoderPart(nn.Module):
         self.position_axes = 1
         self.deepstack_layers = 0
         self.kv: KVGeometry | None = None
+        self.hidden_tokens: HiddenTokens | None = None
         self.decoder = decoder
         self.head = head
         self.blocks = blocks
@@ -89,7 +91,9 @@ class DecoderPart(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states ``[..., H]``."""
         logits: torch.Tensor = self.head(hidden)
-        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
+        if self.logit_cap:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return logits if self.hidden_tokens is None else self.hidden_tokens.hide(logits)
 
 
 @dataclass(frozen=True)

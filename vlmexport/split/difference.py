@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.split.logits import shown
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ def refuse_difference(vlm: VLM, what: str, got: torch.Tensor, expected: torch.Te
             f"{vlm.facts.model_type}: the replayed {what} have shape {tuple(got.shape)}, "
             f"the model's {tuple(expected.shape)}"
         )
+    got, expected = shown(got), shown(expected)
     scale = expected.float().abs().max().clamp_min(1e-12)
     difference = float((got.float() - expected.float()).abs().max() / scale)
     if not difference <= REPLAY_LIMIT:

@@ -17,9 +17,12 @@ from torch import nn
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.placing import place_features
-from vlmexport.split.decoder import DecoderCall, text_decoder
+from vlmexport.split.decoder import DecoderCall, DecoderPart, replay, text_decoder
+from vlmexport.split.difference import refuse_difference
+from vlmexport.split.features import find_feature_call
+from vlmexport.split.logits import find_hidden_tokens
 from vlmexport.split.parts import Part
-from vlmexport.split.vision import Projector
+from vlmexport.split.vision import Projector, flat_features
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -48,6 +51,30 @@ class FixedRowsProjector(Projector):
 def fixed_rows(projector: nn.Module) -> torch.Tensor | None:
     """The rows that end what a projector gives; None for one that gives features alone."""
     return projector.fixed_rows() if isinstance(projector, FixedRowsProjector) else None
+
+
+def with_embeddings(vlm: VLM, examples: Sequence[Example], calls: Sequence[DecoderCall]) -> list[DecoderCall]:
+    """`calls` as they would be for embeddings, where the decoder is given ids and puts features in itself.
+
+    Nothing is taken for granted: the decoder and the LM head must give the whole model's logits for those embeddings,
+    on every example. Raises `UnsupportedModelError` naming the family when they do not.
+    """
+    return [
+        call if call.kwargs.get("inputs_embeds") is not None else _embedded_call(vlm, example, call)
+        for example, call in zip(examples, calls, strict=True)
+    ]
+
+
+def _embedded_call(vlm: VLM, example: Example, call: DecoderCall) -> DecoderCall:
+    with torch.no_grad():
+        rows = flat_features(vlm, find_feature_call(vlm.model, vlm.facts.image_token_id, example)(example))
+    embeds = merged_embeddings(vlm, MergeSpec(vlm.facts.image_token_id), example, rows, None)
+    beside = {name: value for name, value in call.kwargs.items() if name not in {"input_ids", *call.extras}}
+    made = DecoderCall({**beside, "inputs_embeds": embeds}, call.logits)
+    part = DecoderPart(text_decoder(vlm.model), vlm.model.get_output_embeddings())
+    part.hidden_tokens = find_hidden_tokens([call])
+    refuse_difference(vlm, "decoder and LM head, given embeddings for its ids,", replay(part, made), call.logits)
+    return made
 
 
 def find_places(

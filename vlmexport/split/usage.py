@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def parameters_behind(model: nn.Module, compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[str, ...]:
@@ -18,11 +19,30 @@ def parameters_behind(model: nn.Module, compute: Callable[[], tuple[torch.Tensor
     try:
         # No gradient is ever computed, so nothing needs to be saved for it: only the graph is wanted.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _t: None, _never):
-            reached = _leaves(compute())
+            chosen = _Chosen()
+            with chosen:
+                reached = _leaves(compute())
+            reached |= _leaves(tuple(chosen.behind))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
     return tuple(name for name, parameter in parameters.items() if id(parameter) in reached)
+
+
+class _Chosen(TorchFunctionMode):
+    """Keeps the tensors that whole numbers are chosen by (the place of a largest value), where gradients end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CHOICES:
+            self.behind += [value for value in args if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+        return func(*args, **(kwargs or {}))
+
+
+_CHOICES = frozenset({torch.argmin, torch.argmax, torch.Tensor.argmin, torch.Tensor.argmax})
 
 
 def _leaves(tensors: tuple[torch.Tensor, ...]) -> set[int]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
+_NO_MEASURE = 1e38
 _ROWS_AT_ONCE = 64  # bounds the float64 copies to 64 x vocabulary
 
 
@@ -42,11 +43,15 @@ def max_abs_difference(reference: Array, value: Array) -> float:
 
 
 def relative_error(reference: Array, value: Array) -> float:
-    """Largest absolute difference over the largest absolute reference value; inf when not finite."""
+    """Largest absolute difference over the largest absolute reference value; inf when not finite.
+
+    Values near the lowest number of float32, which stand for tokens that a model never writes, are no measure.
+    """
     difference = max_abs_difference(reference, value)
     if difference == 0.0 or not math.isfinite(difference):
         return difference
-    scale = float(np.abs(reference.astype(np.float64)).max())
+    magnitudes = np.abs(reference.astype(np.float64))
+    scale = float(magnitudes.max(initial=0.0, where=magnitudes < _NO_MEASURE))
     return difference / scale if scale > 0.0 else math.inf
 
 
