@@ -192,6 +192,11 @@ class Number:
         values = [self._like(one, kind).value for one in (yes, no)]
         return Number(self.sheet, self.sheet.op("Where", self.value, *values), kind)
 
+    def only_if(self, condition: Number) -> Number:
+        """The scalar itself; where `condition` is false an index is out of bounds, which stops the run."""
+        alone = Number(self.sheet, self.sheet.shape(self), self.kind)
+        return alone.take(condition.where(self.sheet.number(0), 1))
+
     def column(self) -> Number:
         """``[..., n]`` as ``[..., n, 1]``."""
         return self._alone("Unsqueeze", self.sheet.integers([-1]))

@@ -9,7 +9,12 @@ Size = tuple[Number, Number]
 
 
 def resized(height: Number, width: Number, rule: Resize) -> Size:
-    """Height and width (int64 scalars) after `rule`."""
+    """Height and width (int64 scalars) after `rule`; a picture that would have no pixels left stops the run."""
+    height, width = _by_rule(height, width, rule)
+    return height.only_if((height > 0) & (width > 0)), width
+
+
+def _by_rule(height: Number, width: Number, rule: Resize) -> Size:
     match rule:
         case Exact():
             return height.sheet.number(rule.height), height.sheet.number(rule.width)
@@ -98,7 +103,7 @@ def _short_side(height: Number, width: Number, rule: ShortSide) -> Size:
 
 
 def _patch_area(height: Number, width: Number, rule: PatchArea) -> Size:
-    height = _refuse_thin(height, width)
+    height = height.only_if(height.most(width) / height.least(width) <= PATCH_LIMIT)
     step = rule.multiple
     near_height, near_width = (height / step).round() * step, (width / step).round() * step
     area = height * width
@@ -112,11 +117,3 @@ def _patch_area(height: Number, width: Number, rule: PatchArea) -> Size:
         for near, less, more in zip((near_height, near_width), small, large, strict=True)
     ]
     return chosen[0], chosen[1]
-
-
-def _refuse_thin(height: Number, width: Number) -> Number:
-    """`height`, or an index out of bounds, which stops the run, for a picture that the processor refuses."""
-    sheet = height.sheet
-    thin = height.most(width) / height.least(width) > PATCH_LIMIT
-    heights = Number(sheet, sheet.shape(height), height.kind)
-    return heights.take(thin.where(sheet.number(1), 0))
