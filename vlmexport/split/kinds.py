@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from vlmexport.split.attention import attention_implementation, plain_attention
-from vlmexport.split.layers import layer_kinds
+from vlmexport.split.layers import layer_buffers, layer_kinds
 from vlmexport.split.per_layer import text_arguments
 
 _PROBE_TOKENS = 8
@@ -77,8 +77,8 @@ class _Watch:
         self.calls[index] = self._call(args, kwargs)
         if index == kind or kind not in self.calls:
             return
-        # Its buffers stay behind: a repeated layer has those of the first.
-        weights: dict[str, torch.Tensor] = dict(layer.named_parameters())
+        # Buffers that no checkpoint holds stay behind: a repeated layer has those of the first.
+        weights: dict[str, torch.Tensor] = {**dict(layer.named_parameters()), **layer_buffers(layer)}
         self.comparing = True
         try:
             other = torch.func.functional_call(self.layers[kind], weights, args, kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
@@ -45,6 +46,21 @@ def _layer_signature(layer: nn.Module, index: int) -> tuple[Any, ...]:
         shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
         rows.append((path, type(module), repr(sorted(scalars.items())), repr(shapes)))
     return tuple(rows)
+
+
+def stored_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers of `module` itself that a checkpoint holds, by name."""
+    left_out = module._non_persistent_buffers_set
+    return {name: held for name, held in module.named_buffers(recurse=False) if name not in left_out}
+
+
+def layer_buffers(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """`stored_buffers` of all modules of a layer, by their name in it."""
+    return {
+        f"{path}.{name}" if path else name: held
+        for path, module in layer.named_modules()
+        for name, held in stored_buffers(module).items()
+    }
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 _NORM_PROBE_LIMIT = 1e-5
+_WIDTH = 16  # of what norms without weights are tried on: they take any
 
 
 def layer_norm_of(module: nn.Module) -> tuple[float, bool] | None:
@@ -52,6 +53,22 @@ def rms_norm_of(module: nn.Module) -> tuple[float, float] | None:
         if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max():
             return epsilon, offset
     return None
+
+
+def plain_rms_norm_of(module: nn.Module) -> float | None:
+    """Epsilon when `module` has no weights and computes ``x / rms(x)``, else None.
+
+    Found as `rms_norm_of` finds its own.
+    """
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    owns = [*module.parameters(), *module.children()]
+    if not isinstance(epsilon, float) or owns or _arguments(module) != 1:
+        return None
+    x = torch.randn(3, _WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = module(x)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    return epsilon if (got - expected).abs().max() <= _NORM_PROBE_LIMIT * expected.abs().max() else None
 
 
 def gated_rms_norm_of(module: nn.Module) -> float | None:

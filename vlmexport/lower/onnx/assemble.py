@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
@@ -244,7 +245,9 @@ class DecoderAssembler:
         """A parameter that a copied node reads, in the activation type."""
         if name not in self.stored:
             kind = ir.DataType.FLOAT if self.linears.stays_wide(name) else None
-            self.stored[name] = self.linears.constant(name, self.linears.weights.tensor(name), kind)
+            held = self.traced.buffers.get(name)
+            value = self.linears.weights.tensor(name) if held is None else held
+            self.stored[name] = self.linears.constant(name, value, kind)
         return self.stored[name]
 
     def _constant(self, value: ir.Value) -> ir.Value:
@@ -326,7 +329,11 @@ class DecoderAssembler:
         x = self._new(node.inputs[0])
         if self.dialect.wide_norms:
             x = cast(self.tape, x, ir.DataType.FLOAT)
-        weight = self.linears.constant(name, self.linears.weights.tensor(name).float() + offset, x.dtype)
+        if name:
+            weight = self.linears.constant(name, self.linears.weights.tensor(name).float() + offset, x.dtype)
+        else:
+            ones = torch.ones(static(required(node.inputs[0]), -1))
+            weight = self.linears.constant(f"{prefix}{node.outputs[0].name}.ones", ones, x.dtype)
         normed, again = self.dialect.rms_norm(self.tape, x, weight, epsilon)
         if again is not None:
             again.name, again.type, again.shape = f"{x.name}.sum", x.type, x.shape

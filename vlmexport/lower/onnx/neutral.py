@@ -4,7 +4,7 @@ A traced graph holds these nodes in the domain `DOMAIN` beside standard ONNX ope
 whole-model parameter name and carry no data, so a trace is small and independent of quantization:
 
 - ``Linear(x) -> y``: attributes `weight`, `bias` (names, ``""`` for none), `in_features`, `out_features`
-- ``RMSNorm(x) -> y``: attributes `weight`, `epsilon`, `offset` (1.0 for ``1 + w`` norms)
+- ``RMSNorm(x) -> y``: attributes `weight` (``""`` for ones), `epsilon`, `offset` (1.0 for ``1 + w`` norms)
 - ``LayerNorm(x) -> y``: attributes `weight`, `bias` (``""`` for none), `epsilon`
 - ``Rotary(x) -> x``: where the rotary embedding of a query or key was taken out of the trace
 - ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]``

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -30,10 +30,10 @@ from vlmexport.model.per_token import PER_LAYER
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.expert_forms import find_expert_forms
 from vlmexport.split.kinds import proven_kinds
-from vlmexport.split.layers import find_layers, overridden
+from vlmexport.split.layers import find_layers, layer_buffers, overridden, stored_buffers
 from vlmexport.split.matrices import is_plain_linear
 from vlmexport.split.names import module_path
-from vlmexport.split.norms import gated_rms_norm_of, layer_norm_of, rms_norm_of
+from vlmexport.split.norms import gated_rms_norm_of, layer_norm_of, plain_rms_norm_of, rms_norm_of
 from vlmexport.split.per_layer import text_arguments
 from vlmexport.split.sharing import find_sources
 
@@ -44,7 +44,8 @@ class TracedDecoder:
 
     `graph` takes ``inputs_embeds``, ``position_ids`` and the further inputs of the family, and gives the last hidden
     state ``[B, S, H]``. `kind_of[i]` is the index of the traced layer that stands for layer i; `layer_paths[i]` the
-    whole-model path of layer i. `rotary` is set when the rotation was taken out of the trace: for an attention operator
+    whole-model path of layer i. `buffers` are numbers of layers that a checkpoint holds and that are no parameters, by
+    whole-model name. `rotary` is set when the rotation was taken out of the trace: for an attention operator
     that applies tables of it, or as an operator of its own.
     """
 
@@ -52,6 +53,7 @@ class TracedDecoder:
     kind_of: tuple[int, ...]
     layer_paths: tuple[str, ...]
     rotary: Rotary | RotaryOperator | None
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
@@ -80,7 +82,9 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
             stack.enter_context(traced_states(stateful))
         trunk = _Trunk(decoder, deepstack)
         graph = _export(model, trunk, _trace_inputs(decoder, axes, part.deepstack_layers))
-    return TracedDecoder(graph, kind_of, paths, rotary)
+    every = zip(paths, layers, strict=True)
+    buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
+    return TracedDecoder(graph, kind_of, paths, rotary, buffers)
 
 
 @dataclass
@@ -155,6 +159,9 @@ def _neutral_modules(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
             elif (norm := rms_norm_of(module)) is not None:
                 epsilon, offset = norm
                 forward = functools.partial(neutral.rms_norm, weight=f"{path}.weight", epsilon=epsilon, offset=offset)
+                stack.enter_context(overridden(module, forward))
+            elif (plain := plain_rms_norm_of(module)) is not None:
+                forward = functools.partial(neutral.rms_norm, weight="", epsilon=plain, offset=0.0)
                 stack.enter_context(overridden(module, forward))
             elif (gated := gated_rms_norm_of(module)) is not None:
                 stack.enter_context(overridden(module, _gated_norm(f"{path}.weight", gated)))
@@ -270,10 +277,11 @@ def _export(model: nn.Module, trunk: _Trunk, inputs: _TraceInputs) -> ir.Graph:
 
 def _name_weights(graph: ir.Graph, model: nn.Module, decoder: nn.Module) -> None:
     paths = {id(module): path for path, module in model.named_modules()}
+    repeated = {id(module) for layer in find_layers(decoder)[1] for module in layer.modules()}
     own = {
         f"decoder.{local}.{name}" if local else f"decoder.{name}": f"{paths[id(module)]}.{name}"
         for local, module in decoder.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
+        for name in (*module._parameters, *(stored_buffers(module) if id(module) in repeated else ()))
     }
     for value in [v for v in graph.initializers.values() if v.name in own]:
         graph.initializers.pop(str(value.name))
