@@ -36,6 +36,7 @@ KVCache = Literal["same", "int8"]
 Prefill = Literal["same", "int8"]
 NUMPY_DTYPES = {"fp16": "float16", "fp32": "float32"}
 _BYTES = {"float16": 2, "float32": 4}
+ONCE = "runs once for each prompt: not quantized"
 _AGAIN = "rounded again (--requantize)"
 
 
@@ -319,6 +320,8 @@ class _Planner:
             return self._drop(owned)
         if role == "embed_tokens":
             return self._keep(name, role, tensor, "float16", "the embedding table is looked up, not multiplied")
+        if role == "encoder":
+            return self._keep(name, role, tensor, NUMPY_DTYPES[self.decoder_dtype], ONCE)
         if role != "decoder":
             reason = self._vision_reason(name)
             return self._keep(name, role, tensor, NUMPY_DTYPES[self.encoder_dtype], reason)

@@ -105,7 +105,7 @@ class CrossDecoder(DecoderPart):
 
     def __init__(self, decoder: nn.Module, head: nn.Module, cross: CrossAttention) -> None:
         super().__init__(decoder, head)
-        self.cross = cross
+        self.cross: CrossAttention = cross
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Logits of all positions; `given` are the keys and values by their graph inputs, and the mask.
@@ -141,10 +141,6 @@ def given_keys(decoder: Any, cross: CrossAttention, key_values: Mapping[str, tor
         yield
 
 
-class _SeenError(Exception):
-    """The keys and values of a cross-attention were seen; nothing behind them has to run."""
-
-
 class CrossKeys:
     """The keys and values of every cross-attention for given states, by the model's own modules."""
 
@@ -176,20 +172,17 @@ class CrossKeys:
         """Keys and values ``[B, heads, T, head_dim]`` of `states` ``[B, T, width]`` by graph input."""
         found: dict[str, torch.Tensor] = {}
 
-        def attend(module: nn.Module, _query: Any, key: Any, value: Any, _mask: Any, **_kwargs: Any) -> Any:
+        def attend(module: nn.Module, query: Any, key: Any, value: Any, _mask: Any, **_kwargs: Any) -> Any:
             layer = self.cross.layer_of(module)
-            if layer is None:
-                raise TypeError(f"{type(module).__name__} is no cross-attention")
-            found.update(zip(cross_names(layer), (key, value), strict=True))
-            raise _SeenError
+            if layer is not None:
+                found.update(zip(cross_names(layer), (key, value), strict=True))
+            # What follows is computed from this and read by nothing.
+            return query.transpose(1, 2), None
 
         with attention_implementation(self.decoder, "vlmexport_keys", attend):
             for layer, module in self.cross.modules.items():
                 args, kwargs = self._calls[layer]
-                try:
-                    module(*(_swap(a, states) for a in args), **{n: _swap(a, states) for n, a in kwargs.items()})
-                except _SeenError:
-                    continue
+                module(*(_swap(a, states) for a in args), **{n: _swap(a, states) for n, a in kwargs.items()})
         return {name: found[name] for name in self.cross.names}
 
 

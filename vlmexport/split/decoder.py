@@ -15,6 +15,7 @@ from vlmexport.model.per_token import PER_LAYER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vlmexport.split.cross import CrossAttention
     from vlmexport.split.logits import HiddenTokens
     from vlmexport.split.masks import BlockMasks
 
@@ -37,7 +38,8 @@ class DecoderPart(nn.Module):
     `blocks` says how masks follow from blocks of tokens that see each other; None for causal masks. `logit_cap`: logits
     are ``cap * tanh(logits / cap)``; 0 for logits as the head gives them. `position_axes`: 3 for M-RoPE positions.
     `deepstack_layers`: so many first layers get something added. `kv`: what it keeps from token to token; None where
-    that is what the config says. `hidden_tokens`: tokens that it never writes; None for none.
+    that is what the config says. `cross`: what it attends to beside its tokens, whose keys and values it is given.
+    `hidden_tokens`: tokens that it never writes; None for none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class DecoderPart(nn.Module):
         self.position_axes = 1
         self.deepstack_layers = 0
         self.kv: KVGeometry | None = None
+        self.cross: CrossAttention | None = None
         self.hidden_tokens: HiddenTokens | None = None
         self.decoder = decoder
         self.head = head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,25 +13,34 @@ from vlmexport.split.attention import attention_implementation, plain_attention
 from vlmexport.split.layers import layer_buffers, layer_kinds
 from vlmexport.split.per_layer import text_arguments
 
+if TYPE_CHECKING:
+    from vlmexport.split.cross import CrossAttention
+
 _PROBE_TOKENS = 8
 _SCALARS = (int, float, bool, str, type(None))
 
 
-def proven_kinds(decoder: Any, layers: nn.ModuleList) -> tuple[int, ...]:
+def proven_kinds(decoder: Any, layers: nn.ModuleList, cross: CrossAttention | None = None) -> tuple[int, ...]:
     """`layer_kinds`, kept only where a layer's first alike one, given its weights, computes the same in a run.
 
     The decoder runs once on random embeddings. A layer stands for itself when the others' code gives another result
     with its weights, calls attention with other settings, or is called with other arguments beside the hidden state
-    (another mask or rotary table): what its index or its config decide is seen so, whatever they are called.
+    (another mask or rotary table): what its index or its config decide is seen so, whatever they are called. `cross`
+    attentions get random states.
     """
     kinds = layer_kinds(layers)
     watch = _Watch(layers, kinds)
     hidden = decoder.config.get_text_config().hidden_size
-    embeds = torch.randn(1, _PROBE_TOKENS, hidden, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, _PROBE_TOKENS, hidden, generator=generator).to(decoder.dtype)
+    given = text_arguments(decoder, 1, _PROBE_TOKENS)
+    if cross is not None:
+        states = torch.randn(1, _PROBE_TOKENS + 1, cross.width, generator=generator).to(decoder.dtype)
+        given = {**given, **cross.arguments(states, None)}
     handles = [layer.register_forward_hook(watch.compare, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), attention_implementation(decoder, "vlmexport_kinds", watch.attend):
-            decoder(inputs_embeds=embeds, use_cache=False, **text_arguments(decoder, 1, _PROBE_TOKENS))
+            decoder(inputs_embeds=embeds, use_cache=False, **given)
     finally:
         for handle in handles:
             handle.remove()

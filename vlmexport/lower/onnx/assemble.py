@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.cross import CrossEmitter
 from vlmexport.lower.onnx.experts import ExpertEmitter, ExpertRegion, expert_ref, without_regions
 from vlmexport.lower.onnx.layer_rows import emit_layer_rows
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
@@ -161,6 +162,7 @@ class DecoderAssembler:
     weights: dict[ir.Value, str] = field(default_factory=dict)  # traced parameter that copied nodes read -> its name
     stored: dict[str, ir.Value] = field(default_factory=dict)  # name of such a parameter -> its initializer
     wide: frozenset[ir.Node] = frozenset()  # traced nodes to compute in float32
+    cross: CrossEmitter | None = None
     place: tuple[int, int] = (0, 0)  # the layer that is being emitted, and the traced one that stands for it
 
     def __post_init__(self) -> None:
@@ -218,6 +220,10 @@ class DecoderAssembler:
                 self._define(node.outputs[0], turned, prefix)
             elif node.op_type == "Attention":
                 self._attention(node, prefix, layer, kind, pasts)
+            elif node.op_type == "CrossAttention":
+                out, query = node.outputs[0], required(node.inputs[0])
+                flat = required(self.cross).emit(node, self._new(query), layer)
+                self._output(out, flat, static(query, 1), static(query, 3), f"{prefix}cross.")
             elif node.op_type == "SharedAttention":
                 self._shared_attention(node, prefix, layer)
             elif node.op_type == "LayerRows":
@@ -472,8 +478,10 @@ def assemble_decoder(
         stored = ir.DataType.FLOAT if state.dtype == "float32" else kind
         pasts[state.past] = typed_value(state.past, stored, ["batch_size", *state.shape])
     dialect.prologue(build.tape, inputs, next(iter(pasts.values())))
+    build.cross = None if traced.cross is None else CrossEmitter(build.tape, traced.cross, kind)
+    given, further = ({}, {}) if build.cross is None else build.cross.prologue(inputs["inputs_embeds"])
     embeds, positions = inputs["inputs_embeds"], dialect.positions(inputs)
-    hidden = build.hidden_states({**inputs, "inputs_embeds": embeds, "position_ids": positions}, pasts)
+    hidden = build.hidden_states({**inputs, **further, "inputs_embeds": embeds, "position_ids": positions}, pasts)
     kept = dialect.kept_rows(build.tape, hidden, inputs)
     logits = linears.emit(build.tape, kept, (head,), head.weight)
     logits = cast(build.tape, logits, ir.DataType.FLOAT)
@@ -485,7 +493,7 @@ def assemble_decoder(
     if not dialect.needs_position_ids:
         _take_sizes_from(embeds, positions)
         inputs.pop("position_ids", None)
-    return _model(build, [*inputs.values(), *pasts.values()], [logits, *build.presents])
+    return _model(build, [*inputs.values(), *given.values(), *pasts.values()], [logits, *build.presents])
 
 
 def _with_further_inputs(inputs: dict[str, ir.Value], traced: TracedDecoder, kind: ir.DataType) -> dict[str, ir.Value]:

@@ -154,7 +154,7 @@ def choose_dialect(
         return TensorRTDialect(linears, target.onnx.opset, length, rotary, blocks)
     if traced.rotary is not None:
         opset = target.onnx.opset
-        if isinstance(traced.rotary, RotaryOperator):
+        if isinstance(traced.rotary, RotaryOperator) or traced.cross is not None:
             opset = max(_STANDARD_OPSET, opset)
         return OrtDialect(traced.rotary, linears, opset, linears.weights.cache_peaks, blocks)
     return StandardDialect(max(_STANDARD_OPSET, target.onnx.opset), blocks)

@@ -99,7 +99,7 @@ def store_vision(
     if precision.arithmetic == "fp16":
         half_products(graph, halves)
     if dialect == "tensorrt":
-        standard_attention(graph, model, _image_encoder(model), part, half=precision.arithmetic == "fp16")
+        standard_attention(graph, model, _attending(model, part), part, half=precision.arithmetic == "fp16")
         share(graph_model)
     _sign(graph, part)
     graph_model.ir_version = ir_version(opset)
@@ -134,9 +134,9 @@ def _trace(model: nn.Module, part: Part, opset: int, dialect: Dialect, *, repeat
     with ExitStack() as stack:
         stack.enter_context(quiet_exporter())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_fused_attention(model, dialect))
+        stack.enter_context(_fused_attention(model, part, dialect))
         stack.enter_context(_empty_fp32_weights(part))
-        encoder = _image_encoder(model)
+        encoder = _attending(model, part)
         repeats = stack.enter_context(repeated_layers(model, encoder)) if repeat and encoder is not None else Repeats()
         try:
             program: Any = torch.onnx.export(
@@ -211,14 +211,17 @@ def _stand_in(tensor: torch.Tensor, used: bool) -> torch.Tensor:
     return nn.Parameter(empty, requires_grad=False)
 
 
-def _image_encoder(model: Any) -> Any:
+def _attending(model: Any, part: Part) -> Any:
+    """The module whose attention is written as an operator, and whose layers are repeated: the part's, or the tower."""
+    if hasattr(part.module, "attending"):
+        return part.module.attending
     encoder = model.get_encoder("image")
     return None if encoder in (model, model.base_model) else encoder
 
 
-def _fused_attention(model: Any, dialect: Dialect) -> Any:
-    """Within, the image encoder's attention emits one operator a layer instead of its products and softmax."""
-    encoder = _image_encoder(model)
+def _fused_attention(model: Any, part: Part, dialect: Dialect) -> Any:
+    """Within, the encoder's attention emits one operator a layer instead of its products and softmax."""
+    encoder = _attending(model, part)
     if not hasattr(encoder, "set_attn_implementation"):
         return nullcontext()
     if dialect == "tensorrt":

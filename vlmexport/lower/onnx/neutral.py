@@ -9,6 +9,8 @@ whole-model parameter name and carry no data, so a trace is small and independen
 - ``Rotary(x) -> x``: where the rotary embedding of a query or key was taken out of the trace
 - ``Attention(q, k, v) -> out``: 4-D ``[batch, heads, sequence, head_dim]`` in, ``[batch, sequence, heads, head_dim]``
   out; attributes `layer`, `scale`, `softcap`, `window`
+- ``CrossAttention(q) -> out``: shapes as of ``Attention``; keys and values are inputs of the graph. Attributes `layer`,
+  `scale`
 - ``Rotation(x, cos, sin) -> y``: rotary positions of x ``[batch, heads, sequence, head_dim]`` by tables ``[batch,
   sequence, width]`` that hold every number twice; attributes `interleaved` (pairs are neighbours, not half a width
   apart) and `doubled` (``halves`` or ``neighbours``: where in the tables a number's second place is)
@@ -81,6 +83,13 @@ def layer_rows(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Emit ``LayerRows`` inside the layer that `hidden` belongs to."""
     batch, length, _, width = rows.shape
     return _symbolic("LayerRows", [rows, hidden], {}, [batch, length, width])
+
+
+def cross_attention(query: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+    """Emit ``CrossAttention`` of one layer for queries ``[batch, heads, sequence, head_dim]``."""
+    batch, heads, length, head_dim = query.shape
+    attrs = {"layer": layer, "scale": scale}
+    return _symbolic("CrossAttention", [query], attrs, [batch, length, heads, head_dim])
 
 
 def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, doubled: str) -> torch.Tensor:

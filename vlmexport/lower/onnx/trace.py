@@ -22,11 +22,13 @@ import torch
 from torch import nn
 
 from vlmexport.lower.onnx import neutral
+from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
 from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
 from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, find_rotary
 from vlmexport.lower.onnx.state_trace import traced_states
 from vlmexport.model.per_token import PER_LAYER
+from vlmexport.split.cross import CrossAttention
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.expert_forms import find_expert_forms
 from vlmexport.split.kinds import proven_kinds
@@ -46,7 +48,7 @@ class TracedDecoder:
     state ``[B, S, H]``. `kind_of[i]` is the index of the traced layer that stands for layer i; `layer_paths[i]` the
     whole-model path of layer i. `buffers` are numbers of layers that a checkpoint holds and that are no parameters, by
     whole-model name. `rotary` is set when the rotation was taken out of the trace: for an attention operator
-    that applies tables of it, or as an operator of its own.
+    that applies tables of it, or as an operator of its own. `cross`: what layers attend to beside the tokens.
     """
 
     graph: ir.Graph
@@ -54,6 +56,7 @@ class TracedDecoder:
     layer_paths: tuple[str, ...]
     rotary: Rotary | RotaryOperator | None
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    cross: CrossAttention | None = None
 
 
 def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
@@ -66,13 +69,13 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     attribute, layers = find_layers(decoder)
     paths = tuple(module_path(model, layer) for layer in layers)
     sources = find_sources(decoder)
-    kind_of = _kinds(decoder, layers, part.deepstack_layers, sources) if repeat else tuple(range(len(layers)))
+    kind_of = _kinds(part, layers, sources) if repeat else tuple(range(len(layers)))
     axes = part.position_axes
     rotary = find_rotary(decoder, list(layers), axes) if fuse_rotary else None
     deepstack = _Deepstack()
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
-        stack.enter_context(_neutral_attention(decoder, sources))
+        stack.enter_context(_neutral_attention(decoder, sources, part.cross))
         rows = stack.enter_context(layer_rows_kept(decoder))
         if rotary is not None:
             stack.enter_context(rotary.emitted())
@@ -80,11 +83,11 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         stack.enter_context(_only_layers(decoder, attribute, indices, deepstack, rows))
         if stateful := [layers[i] for i in indices if part.kv is not None and part.kv.states_of(i)]:
             stack.enter_context(traced_states(stateful))
-        trunk = _Trunk(decoder, deepstack)
-        graph = _export(model, trunk, _trace_inputs(decoder, axes, part.deepstack_layers))
+        trunk = _Trunk(decoder, deepstack) if part.cross is None else CrossTrunk(decoder, part.cross)
+        graph = _export(model, trunk, _trace_inputs(part))
     every = zip(paths, layers, strict=True)
     buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
-    return TracedDecoder(graph, kind_of, paths, rotary, buffers)
+    return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross)
 
 
 @dataclass
@@ -98,12 +101,12 @@ class _Deepstack:
         return hidden if self.embeds is None or layer >= len(self.embeds) else hidden + self.embeds[layer]
 
 
-def _kinds(decoder: Any, layers: nn.ModuleList, deepstack_layers: int, sources: Mapping[int, int]) -> tuple[int, ...]:
+def _kinds(part: DecoderPart, layers: nn.ModuleList, sources: Mapping[int, int]) -> tuple[int, ...]:
     """`proven_kinds`, but a layer that something is added behind stands for itself alone, and by what layers read."""
-    kinds = [(kind, sources.get(index)) for index, kind in enumerate(proven_kinds(decoder, layers))]
+    kinds = [(kind, sources.get(index)) for index, kind in enumerate(proven_kinds(part.decoder, layers, part.cross))]
     first: dict[tuple[int, int | None], int] = {}
-    alone = tuple(range(deepstack_layers))
-    return alone + tuple(first.setdefault(kinds[i], i) for i in range(deepstack_layers, len(kinds)))
+    alone = part.deepstack_layers
+    return tuple(range(alone)) + tuple(first.setdefault(kinds[i], i) for i in range(alone, len(kinds)))
 
 
 @contextmanager
@@ -190,15 +193,17 @@ def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
 
 
 @contextmanager
-def _neutral_attention(decoder: Any, sources: Mapping[int, int]) -> Iterator[None]:
+def _neutral_attention(decoder: Any, sources: Mapping[int, int], cross: CrossAttention | None) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, **kwargs: Any) -> Any:
-        scale = kwargs.get("scaling")
+        scale = float(query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"])
+        if cross is not None and cross.layer_of(module) is not None:
+            return neutral.cross_attention(query, module.layer_idx, scale), None
         softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
         layer: int = module.layer_idx
-        settings = {
-            "scale": float(query.shape[-1] ** -0.5 if scale is None else scale),
+        settings: dict[str, Any] = {
+            "scale": scale,
             "softcap": float(softcap or 0.0),
             "window": -1 if window is None else int(window),
         }
@@ -246,7 +251,9 @@ class _TraceInputs:
     batch_axes: dict[str, int]
 
 
-def _trace_inputs(decoder: Any, axes: int, deepstack_layers: int) -> _TraceInputs:
+def _trace_inputs(part: DecoderPart) -> _TraceInputs:
+    decoder: Any = part.decoder
+    axes, deepstack_layers = part.position_axes, part.deepstack_layers
     hidden = decoder.config.get_text_config().hidden_size
     positions = torch.arange(3).expand(2, 3)
     inputs = _TraceInputs({"inputs_embeds": torch.zeros(2, 3, hidden)}, {"inputs_embeds": 0, "position_ids": 0})
@@ -257,12 +264,13 @@ def _trace_inputs(decoder: Any, axes: int, deepstack_layers: int) -> _TraceInput
     if deepstack_layers:
         inputs.tensors["deepstack_embeds"] = torch.zeros(deepstack_layers, 2, 3, hidden)
         inputs.batch_axes["deepstack_embeds"] = 1
-    for name, tensor in text_arguments(decoder, 2, 3).items():
+    rows = {} if part.cross is None else trace_rows(part.cross)
+    for name, tensor in {**text_arguments(decoder, 2, 3), **rows}.items():
         inputs.tensors[name], inputs.batch_axes[name] = tensor, 0
     return inputs
 
 
-def _export(model: nn.Module, trunk: _Trunk, inputs: _TraceInputs) -> ir.Graph:
+def _export(model: nn.Module, trunk: _Trunk | CrossTrunk, inputs: _TraceInputs) -> ir.Graph:
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     shapes = {name: {axis: batch, axis + 1: length} for name, axis in inputs.batch_axes.items()}
     with quiet_exporter(), torch.no_grad():

@@ -17,6 +17,7 @@ from vlmexport.lower.onnx.embedding import lower_embedding
 from vlmexport.lower.onnx.encoder import lower_vision
 from vlmexport.lower.onnx.precision import EncoderPrecision
 from vlmexport.lower.onnx.prefill import PrefillGraph, lower_prefill
+from vlmexport.lower.onnx.states_encoder import lower_states
 from vlmexport.lower.onnx.table_projector import shares_table, write_table_projector
 from vlmexport.lower.onnx.weights import stream_weights
 from vlmexport.lower.result import Emitted
@@ -55,6 +56,11 @@ def emit_split(
     table = lower_embedding(split.parts[Role.EMBEDDING], target.onnx.opset, FLOAT_TYPES[plan.decoder_dtype])
     stream_weights(table.model, table.groups, folder / f"{Role.EMBEDDING}.onnx", progress, f"write {Role.EMBEDDING}")
     parts[Role.EMBEDDING] = part_file(table.model, f"{Role.EMBEDDING}.onnx")
+    if Role.ENCODER in split.parts:
+        states = lower_states(vlm.model, split.parts[Role.ENCODER], plan, target)
+        kept += states.kept
+        stream_weights(states.model, states.groups, folder / f"{Role.ENCODER}.onnx", progress, f"write {Role.ENCODER}")
+        parts[Role.ENCODER] = part_file(states.model, f"{Role.ENCODER}.onnx")
     if shares_table(split):
         parts[Role.PROJECTOR] = part_file(
             *write_table_projector(split, target.onnx.opset, folder, progress, table.model)
