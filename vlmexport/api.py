@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmexport.errors import BadInputError
 from vlmexport.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vlmexport.doctor import DoctorReport
     from vlmexport.gguf_options import GgufOptions, GgufPlan
     from vlmexport.gguf_pipeline import GgufResult
+    from vlmexport.hub import HubTarget
     from vlmexport.inspection import InspectReport
     from vlmexport.lower.gguf.adapter import AdapterGguf
     from vlmexport.pipeline import ExportResult
@@ -395,13 +397,24 @@ def bench_artifact(
 
 
 def answer_prompt(
-    path: Path, images: Sequence[Path], prompt: str, sampling: Sampling, on_text: Callable[[str], None]
+    path: Path,
+    images: Sequence[Path],
+    prompt: str,
+    sampling: Sampling,
+    on_text: Callable[[str], None],
+    *,
+    dtype: str | None = None,
 ) -> Answer:
-    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes."""
+    """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes.
+
+    `dtype` is the one to run of an export in several (None: its primary one).
+    """
     from vlmexport.manifest import open_artifact
     from vlmexport.runtime.generate import answer
+    from vlmexport.variants import as_variant
 
-    return answer(open_artifact(path, check_hashes=False), list(images), prompt, sampling, on_text)
+    artifact = open_artifact(path, check_hashes=False)
+    return answer(artifact if dtype is None else as_variant(artifact, dtype), list(images), prompt, sampling, on_text)
 
 
 def examine_machine() -> DoctorReport:
@@ -409,3 +422,31 @@ def examine_machine() -> DoctorReport:
     from vlmexport.doctor import examine
 
     return examine()
+
+
+def check_hub(target: HubTarget) -> str:
+    """Say before any work whether `target` can be pushed to; the account's name. See `vlmexport.hub.check_target`."""
+    from vlmexport.hub import check_target
+
+    return check_target(target)
+
+
+def push_to_hub(path: Path, target: HubTarget) -> str:
+    """Upload the export in `path` to the hub; the commit's address. See `vlmexport.hub.push_folder`."""
+    from vlmexport.hub import push_folder
+
+    return push_folder(path, target)
+
+
+def check_pushable(path: Path, *, unverified: bool = False) -> None:
+    """Raise `BadInputError` unless `path` is an export with the files that it was made with.
+
+    Without `unverified` its gate must have run and be green; a quantized checkpoint counts as an export.
+    """
+    from vlmexport.hub import recorded_status
+
+    status = recorded_status(path)
+    if status == "passed" or unverified:
+        return
+    told = {None: "has not been judged (`--no-verify`)", "failed": "is red"}.get(status, f"says {status!r}")
+    raise BadInputError(f"{path}: the gate {told}; export again with the gate, or push with --unverified")

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmexport.card_proof import proof_section
 from vlmexport.manifest import Manifest, QuantizedRecord
+from vlmexport.model.source import hub_id
 
 _LINEAGE_KEYS = ("license", "license_name", "license_link", "language", "base_model")
 
@@ -33,6 +35,8 @@ def model_card(manifest: Manifest, source: Path) -> str:
         "The graphs' inputs, outputs and the way they fit together are in `manifest.json`; the decoder needs "
         f"{'right padding' if manifest.model['padding'] == 'right' else 'no particular padding'}.",
         "",
+        *proof_section(manifest.results.get("verify")),
+        "",
         *kept_table(manifest),
     ]
     return "\n".join(lines) + "\n"
@@ -47,20 +51,39 @@ def kept_table(manifest: Manifest) -> list[str]:
 
 def metadata(manifest: Manifest, source: Path) -> list[str]:
     """The card's header for the hub: library, task, tags, licence and lineage."""
-    kept = lineage(source / "README.md")
+    kept = lineage(source / "README.md", manifest.source["model"])
     lines = ["---", "library_name: onnx", "pipeline_tag: image-text-to-text", "tags:", "- onnx", "- vlmexport"]
     return [*lines, *kept, "---"]
 
 
-def lineage(readme: Path) -> list[str]:
-    """Licence and lineage lines of the source model's own card."""
+def lineage(readme: Path, model: str) -> list[str]:
+    """Licence and lineage of the source model's own card as lines of YAML, in its order.
+
+    `model` is what the user typed: a hub id becomes the base model, of which this is a quantized form. What a local
+    model's card calls its base stays the base. A header that is no YAML is left out.
+    """
+    import yaml
+
+    kept = {key: value for key, value in _header(readme).items() if key in _LINEAGE_KEYS and value}
+    if (hub := hub_id(model)) is not None:
+        kept |= {"base_model": hub, "base_model_relation": "quantized"}
+    text: str = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+    return text.splitlines()
+
+
+def _header(readme: Path) -> dict[str, Any]:
+    import yaml
+
     if not readme.is_file():
-        return []
+        return {}
     text = readme.read_text(encoding="utf-8", errors="replace").splitlines()
     if not text or text[0].strip() != "---" or "---" not in text[1:]:
-        return []
-    header = text[1 : text.index("---", 1)]
-    return [line for line in header if line.split(":")[0] in _LINEAGE_KEYS and line.split(":", 1)[-1].strip()]
+        return {}
+    try:
+        found = yaml.safe_load("\n".join(text[1 : text.index("---", 1)]))
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def adapter_words(source: Mapping[str, Any]) -> str:

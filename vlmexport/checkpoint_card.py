@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from vlmexport.card import adapter_words, lineage
+from vlmexport.card_proof import proof_section
 from vlmexport.checkpoint_manifest import CheckpointManifest
 
 _LOADERS = {
@@ -30,13 +31,14 @@ def checkpoint_card(manifest: CheckpointManifest, source: Path) -> str:
     kept = Counter((k.part, k.dtype, k.reason) for k in manifest.unquantized)
     lines = [
         "---", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- vlmexport",
-        f"- {manifest.checkpoint_format}", *lineage(source / "README.md"), "---", "",
+        f"- {manifest.checkpoint_format}", *lineage(source / "README.md", manifest.source["model"]), "---", "",
         f"# {name}: {manifest.checkpoint_format}", "",
         f"`{manifest.source['architecture']}` quantized by vlmexport {manifest.created_by['vlmexport']}; loads in "
         f"{_LOADERS[manifest.checkpoint_format]}.{adapter_words(manifest.source)}", "",
         *(f"- {count} matrices: {scheme}" for scheme, count in schemes.items()), "",
         "Scales are float16 or float32. A runtime that computes in bfloat16 rounds them to 8 bits; in float16 codes "
         "mean exactly what was chosen.", "",
+        *proof_section(manifest.results.get("verify")), "",
         "## Weights kept unquantized", "", "| part | dtype | count | reason |", "|---|---|---|---|",
         *(f"| {part} | {dtype} | {n} | {reason} |" for (part, dtype, reason), n in sorted(kept.items())),
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from vlmexport.card import adapter_words, lineage
+from vlmexport.card_proof import proof_section
 from vlmexport.gguf_options import File, GgufPlan
 from vlmexport.manifest import Manifest
 
@@ -22,7 +23,7 @@ def gguf_card(manifest: Manifest, plan: GgufPlan, name: str, source: Path, imatr
     notes = [*manifest.model["gguf"]["notes"], *(manifest.calibration or {}).get("warnings", [])]
     lines = [
         "---", "library_name: gguf", "pipeline_tag: image-text-to-text", "tags:", "- gguf", "- llama.cpp",
-        "- vlmexport", *lineage(source / "README.md"), "---", "",
+        "- vlmexport", *lineage(source / "README.md", manifest.source["model"]), "---", "",
         f"# {name}: GGUF", "",
         f"`{manifest.source['architecture']}` by vlmexport {manifest.created_by['vlmexport']} for llama.cpp: "
         f"`{text}` (architecture {plan.arch}, {plan.bits_per_weight('text'):.2f} bits per weight) and `{mmproj}` "
@@ -33,6 +34,7 @@ def gguf_card(manifest: Manifest, plan: GgufPlan, name: str, source: Path, imatr
         f"llama-server -m {text} --mmproj {mmproj} --jinja",
         'vlmexport run . --image picture.png --prompt "What is in this picture?"',
         "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL", "```", "",
+        *proof_section(manifest.results.get("verify")), "",
         "## What is stored as what", "", "| file | type | tensors | values | reason |", "|---|---|---|---|---|",
         *_rows(plan, "text", files[0]), *_rows(plan, "mmproj", files[1]), "",
     ]  # fmt: skip

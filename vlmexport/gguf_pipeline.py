@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmexport.calibrate.recipe import CalibrationOptions
+from vlmexport.card_proof import write_proof
 from vlmexport.gguf_options import File, GgufOptions, GgufPlan
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.manifest import Artifact, write_manifest
@@ -70,6 +71,7 @@ def export_gguf(
         if verify:
             report = _verify(artifact, model, lora, trust_remote_code, progress)
             results = {**artifact.manifest.results, "verify": report.to_dict()}
+            write_proof(workspace, report.to_dict())
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
         move_into_place(workspace, destination)

@@ -14,6 +14,7 @@ from vlmexport.calibrate.auto import settle_bits
 from vlmexport.calibrate.kv_cache import with_cache_peaks
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.card_proof import write_proof
 from vlmexport.dtypes import WEB_LAYOUT, check_folder_name, settle_dtypes
 from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
@@ -90,6 +91,7 @@ def export_onnx(
         if verify:
             report = _verify(artifact, model, lora, trust_remote_code, progress)
             results = {**artifact.manifest.results, "verify": report.to_dict()}
+            write_proof(workspace, report.to_dict())
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         red = report is not None and report.status == "failed"
         destination = failed if red else out

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlmexport.calibrate.auto import settle_choice
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.card_proof import write_proof
 from vlmexport.checkpoint_card import checkpoint_card
 from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME, CheckpointManifest, write_checkpoint_manifest
 from vlmexport.checkpoint_plan import CheckpointOptions, CheckpointPlan, check_checkpoint_options, plan_checkpoint
@@ -89,6 +90,7 @@ def quantize_checkpoint(
         if verify:
             report = _verify(workspace, model, lora, trust_remote_code, progress)
             results = {"verify": report.to_dict()}
+            write_proof(workspace, report.to_dict())
             manifest = write_checkpoint_manifest(workspace, dataclasses.replace(manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
         move_into_place(workspace, destination)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmexport.card import adapter_words, decoder_words, kept_table, metadata
+from vlmexport.card_proof import proof_section
 from vlmexport.engines import LIBRARIES
 from vlmexport.manifest import Manifest
 
@@ -40,6 +41,8 @@ def trt_card(manifest: Manifest, source: Path) -> str:
         "```",
         "",
         "The graphs' inputs, outputs and the way they fit together are in `manifest.json`.",
+        "",
+        *proof_section(manifest.results.get("verify")),
         "",
         *_prediction(facts),
         *kept_table(manifest),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
+from vlmexport.card_proof import write_proof
 from vlmexport.engines import ENGINES_FOLDER, EngineSpec, ShapeProfile, engine_specs
 from vlmexport.errors import UnsupportedModelError, VlmExportError
 from vlmexport.manifest import Artifact, write_manifest
@@ -88,6 +89,7 @@ def export_trt(
         if verify:
             report = _verify(artifact, model, lora, trust_remote_code, progress)
             results = {**artifact.manifest.results, "verify": report.to_dict()}
+            write_proof(workspace, report.to_dict())
             artifact = write_manifest(workspace, dataclasses.replace(artifact.manifest, results=results))
         destination = failed if report is not None and report.status == "failed" else out
         move_into_place(workspace, destination)

@@ -20,6 +20,7 @@ from vlmexport.cli.options import (
     model_option,
     trust_option,
 )
+from vlmexport.cli.push import push_options
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
 from vlmexport.gguf_options import GgufOptions, gguf_options
@@ -114,6 +115,7 @@ def gguf_choices(function: Command) -> Command:
 @click.option("--force", is_flag=True, show_default="off", help="Replace DIR if it exists.")
 @trust_option
 @common_options
+@push_options
 def command(
     session: Session,
     model: str,

@@ -9,6 +9,7 @@ import click
 
 from vlmexport import api
 from vlmexport.cli.options import FOLDER, calibration_options, lora_option, model_option, onnx_options, trust_option
+from vlmexport.cli.push import push_options
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import bytes_text, example
 from vlmexport.errors import GateFailedError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, show_default="off", help="Replace DIR if it exists.")
 @trust_option
 @common_options
+@push_options
 def command(
     session: Session,
     model: str,

@@ -34,6 +34,13 @@ def resolve_source(source: str, *, trust_remote_code: bool = False) -> Path:
     return _download(match["repo"], match["revision"], trust_remote_code=trust_remote_code)
 
 
+def hub_id(source: str) -> str | None:
+    """The hub's id of what a user typed, without its revision; None for a folder and for the bundled model."""
+    path = Path(source).expanduser()
+    match = _HUB_ID.fullmatch(source)
+    return None if match is None or path.exists() or path.parent.is_dir() else match["repo"]
+
+
 def _download(repo: str, revision: str | None, *, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -1,0 +1,154 @@
+"""Pushing to the hub, with a stand-in for its client; and what the card says of lineage and proof."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from tests.test_card import card
+from vlmexport import hub
+from vlmexport.card import lineage
+from vlmexport.card_proof import proof_section, write_proof
+from vlmexport.cli.main import run
+from vlmexport.errors import BadInputError, NotPossibleHereError, VlmExportError
+from vlmexport.hub import HubTarget, check_target, push_folder
+
+TARGET = HubTarget("me/my-export", private=True)
+REPORT = {
+    "status": "passed",
+    "lowering": {"max_abs_logit": 2.3e-5, "kl": 1e-4, "top1": 0.98},
+    "quantization": {"kl": 6e-3, "top1": 0.991, "perplexity_ratio": 1.01, "accuracy": None, "reference_accuracy": None},
+    "checks": [{"name": "a", "status": "passed"}, {"name": "runtime/provider", "status": "not_run"}],
+}
+
+
+class Hub:
+    """Remembers what it was asked; `error` is raised by everything."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.asked = error, []  # type: ignore[var-annotated]
+
+    def _note(self, name: str, **given: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.asked.append((name, given))
+
+    def whoami(self) -> dict[str, str]:
+        self._note("whoami")
+        return {"name": "me"}
+
+    def create_repo(self, repo: str, **given: Any) -> None:
+        self._note("create_repo", repo=repo, **given)
+
+    def upload_folder(self, **given: Any) -> SimpleNamespace:
+        self._note("upload_folder", **given)
+        return SimpleNamespace(commit_url="https://huggingface.co/me/my-export/commit/1")
+
+
+def http_error(status: int) -> HfHubHTTPError:
+    return HfHubHTTPError("no\nmore", response=SimpleNamespace(status_code=status, headers={}, request=None))  # type: ignore[arg-type]
+
+
+def test_a_folder_goes_up_as_one_commit(tmp_path: Path) -> None:
+    api = Hub()
+    assert check_target(TARGET, api) == "me"  # type: ignore[arg-type]
+    assert push_folder(tmp_path, TARGET, api) == "https://huggingface.co/me/my-export/commit/1"  # type: ignore[arg-type]
+    assert [name for name, _ in api.asked] == ["whoami", "create_repo", "upload_folder"]
+    assert api.asked[1][1] == {"repo": "me/my-export", "private": True, "exist_ok": True}
+    assert (api.asked[2][1]["repo_id"], api.asked[2][1]["folder_path"]) == ("me/my-export", tmp_path)
+
+
+@pytest.mark.parametrize("repo", ["a b/c", "me/", "just-a-name", "me/../x"])
+def test_a_name_that_the_hub_does_not_take_is_refused_before_it_is_asked(repo: str) -> None:
+    api = Hub()
+    with pytest.raises(BadInputError, match=r"give owner/name"):
+        check_target(HubTarget(repo), api)  # type: ignore[arg-type]
+    assert not api.asked
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (LocalTokenNotFoundError(), BadInputError, "needs a token of the hub"),
+        (http_error(403), BadInputError, r"refuses me/my-export \(403\): no; does the token"),
+        (http_error(500), NotPossibleHereError, r"did not take me/my-export \(500\): no"),
+        (ConnectionError("Name or service not known"), NotPossibleHereError, "cannot be reached: Name or service"),
+    ],
+)
+def test_what_the_hub_says_becomes_one_line(error: Exception, kind: type[VlmExportError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        check_target(TARGET, Hub(error))  # type: ignore[arg-type]
+
+
+def test_without_a_token_nothing_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_api", lambda api: Hub(LocalTokenNotFoundError()))
+    assert run(["onnx", "--model", "demo", "--out", str(tmp_path / "out"), "--push-to-hub", "me/x"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_private_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["gguf", "--model", "demo", "--out", str(tmp_path / "out"), "--private"]) == 2
+    assert "--private is for --push-to-hub REPO" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_export_is_pushed_and_an_unjudged_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = Hub()
+    monkeypatch.setattr(hub, "_api", lambda given: api)
+    out = tmp_path / "out"
+    fast = ["--quant", "rtn", "--group-size", "32", "--no-verify"]
+    assert run(["onnx", "--model", "demo", "--out", str(out), *fast, "--push-to-hub", "me/x"]) == 0
+    assert "Pushed to https://huggingface.co/me/my-export/commit/1" in capsys.readouterr().out
+    assert api.asked[-1][1]["folder_path"] == out
+    text = (out / "README.md").read_text()
+    assert "The gate has not judged this export" in text
+    assert run(["push", str(out), "me/x"]) == 2
+    assert "has not been judged" in capsys.readouterr().err
+    assert run(["push", str(out), "me/x", "--unverified"]) == 0
+    (out / "README.md").write_text("changed")
+    assert run(["push", str(out), "me/x", "--unverified"]) == 2
+    assert "was changed after the export" in capsys.readouterr().err
+
+
+def test_the_proof_takes_its_place_in_the_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\n".join(["before", *proof_section(None), "after"]))
+    assert "has not judged" in (tmp_path / "README.md").read_text()
+    for _ in range(2):
+        write_proof(tmp_path, REPORT)
+    text = (tmp_path / "README.md").read_text()
+    assert "**passed** (1 checks passed, 1 not run)" in text
+    assert "| same top token as the original model | 99.1 % |" in text
+    assert "Not run: `runtime/provider`." in text
+    assert "accuracy on the questions" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    assert text.count("## Proof") == 1
+    json.dumps(REPORT)
+
+
+def test_lineage_is_valid_yaml_of_the_source(tmp_path: Path) -> None:
+    header = "license: other\nlicense_name: x\nlanguage:\n- en\n- de\nbase_model: a/b\ntags:\n- secret\n"
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n# Hello\n")
+    found = yaml.safe_load("\n".join(lineage(tmp_path / "README.md", str(tmp_path))))
+    assert found == {"license": "other", "license_name": "x", "language": ["en", "de"], "base_model": "a/b"}
+    found = yaml.safe_load("\n".join(lineage(tmp_path / "README.md", "owner/model@main")))
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/model", "quantized")
+    (tmp_path / "README.md").write_text("---\n: : [\n---\n")
+    assert lineage(tmp_path / "README.md", "demo") == []
+
+
+def test_the_hub_reads_the_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n---\n")
+    data = ModelCard(card(tmp_path)).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("onnx", "image-text-to-text", "apache-2.0")
+    assert data.base_model == "some/model"
+    assert {"onnx", "vlmexport"} <= set(data.tags)

@@ -1,0 +1,100 @@
+"""Put a finished export on the Hugging Face hub, by `huggingface_hub` and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError, VlmExportError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class HubTarget:
+    """Where an export goes: a repository id (``owner/name``), and whether a new one is private."""
+
+    repo: str
+    private: bool = False
+
+
+def check_target(target: HubTarget, api: HfApi | None = None) -> str:
+    """Say before any work whether `target` can be pushed to; the name of the account that pushes.
+
+    Raises `BadInputError` for an id that the hub does not take or without a token, `NotPossibleHereError` where the hub
+    cannot be reached.
+    """
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(target.repo)
+    except HFValidationError as error:
+        raise BadInputError(f"--push-to-hub {target.repo!r} is no repository id; give owner/name") from error
+    if target.repo.count("/") != 1:
+        raise BadInputError(f"--push-to-hub {target.repo!r} has no owner; give owner/name")
+    try:
+        return str(_api(api).whoami()["name"])
+    except LocalTokenNotFoundError as error:
+        raise BadInputError("--push-to-hub needs a token of the hub: `hf auth login`, or HF_TOKEN") from error
+    except (HTTPError, OSError) as error:
+        raise _explained(error, target) from error
+
+
+def push_folder(folder: Path, target: HubTarget, api: HfApi | None = None) -> str:
+    """Upload everything in `folder` as one commit, making the repository where there is none; its address.
+
+    Raises as `check_target`; nothing on this machine changes.
+    """
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    hub = _api(api)
+    try:
+        hub.create_repo(target.repo, private=target.private, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=target.repo, folder_path=folder, commit_message=f"Export by vlmexport: {folder.name}"
+        )
+    except (HTTPError, OSError) as error:
+        raise _explained(error, target) from error
+    return str(getattr(commit, "commit_url", "") or f"https://huggingface.co/{target.repo}")
+
+
+def recorded_status(folder: Path) -> str | None:
+    """What the gate said when the export (or the quantized checkpoint) in `folder` was made; None where it did not run.
+
+    Raises `ArtifactError` for a folder that is neither, or whose files were changed since.
+    """
+    from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME, open_checkpoint
+    from vlmexport.manifest import file_sha256, open_artifact, safe_join
+
+    if (folder / CHECKPOINT_MANIFEST_NAME).is_file():
+        checkpoint = open_checkpoint(folder)
+        for name, record in checkpoint.files.items():
+            file = safe_join(folder, name)
+            if not file.is_file() or file_sha256(file) != record.sha256:
+                raise ArtifactError(f"{folder}: {name} is missing or was changed after it was written")
+        report = checkpoint.results.get("verify")
+    else:
+        report = open_artifact(folder).manifest.results.get("verify")
+    return None if report is None else str(report["status"])
+
+
+def _api(api: HfApi | None) -> Any:
+    if api is not None:
+        return api
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _explained(error: Exception, target: HubTarget) -> VlmExportError:
+    """The hub's or the network's own message as one line of ours."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return BadInputError(f"the hub refuses {target.repo} ({status}): {first}; does the token have write access?")
+    if status is not None:
+        return NotPossibleHereError(f"the hub did not take {target.repo} ({status}): {first}")
+    return NotPossibleHereError(f"the hub cannot be reached: {first}")
