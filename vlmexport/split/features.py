@@ -44,7 +44,7 @@ def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.T
     owners = [owner for owner in ((model,) if base is model else (model, base)) if hasattr(owner, _FUNCTION)]
     if not owners:
         raise UnsupportedModelError(f"{family}: the model has no {_FUNCTION}, so it cannot be cut")
-    tokens = torch.full((1, 1), image_token)
+    tokens = torch.full((1, 2), image_token)  # a single token may pass for a step behind the prompt
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **inputs}
     try:
         with torch.no_grad(), _stopped(owners):

@@ -73,9 +73,16 @@ class LinearEmitter:
         return all((p.action, p.scheme, p.dtype) == (first.action, first.scheme, first.dtype) for p in plans)
 
     def stays_wide(self, name: str) -> bool:
-        """Is the weight `name` planned to be stored in float32, whatever the activation type?"""
+        """Is the weight `name` planned to be stored in float32, whatever the activation type?
+
+        Numbers that are no parameters go with those beside them.
+        """
         planned = self.plan.by_name.get(name)
-        return planned is not None and planned.dtype == "float32"
+        if planned is not None:
+            return planned.dtype == "float32"
+        owner = name.rpartition(".")[0]
+        beside = [w for w in self.plan.weights if w.name.rpartition(".")[0] == owner]
+        return any(w.dtype == "float32" for w in beside)
 
     def constant(self, name: str, tensor: torch.Tensor, dtype: ir.DataType | None = None) -> ir.Value:
         """An initializer of `tensor`'s shape in `dtype` (default: the activation type)."""
