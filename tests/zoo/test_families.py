@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -18,17 +19,12 @@ from tests.zoo.measure import int4_difference
 from tests.zoo.models import make_zoo, zoo_examples
 from tests.zoo.proof import FLOATS, Zooed, export, largest_differences, take_apart
 from vlmexport.errors import NotPossibleHereError, UnsupportedModelError
-from vlmexport.lower.onnx.trace import trace_decoder
 from vlmexport.model.load import load_vlm
 from vlmexport.split.capture import split_model
-from vlmexport.split.parts import Role
 
 REPLAY_LIMIT, LOWERING_LIMIT = 1e-5, 1e-4
 # One of each way in which features come to the decoder; every family is proven by test_support.
 FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("pixtral", "cohere2_vision", "llava_next")]
-REFUSED = {
-    "lfm2_vl": r"lfm2_vl: layer 0 \(conv\) of the decoder keeps no keys and values of its own but another state",
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,14 +50,6 @@ def test_int4_products_are_those_of_the_dequantized_codes(zooed: Zooed, tmp_path
     assert rounded <= LOWERING_LIMIT < original
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_taken_apart_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
-    vlm = load_vlm(str(make_zoo(family, tmp_path / "model")))
-    examples = zoo_examples(family, vlm.model, vlm.facts.image_token_id)
-    with pytest.raises(UnsupportedModelError, match=REFUSED[family]):
-        split_model(vlm, examples)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 @pytest.mark.parametrize("family", ["PerceptionLM", "FastVlm"])
 def test_a_tower_of_timm_is_refused_without_it(family: str, tmp_path: Path) -> None:
@@ -74,7 +62,12 @@ def test_a_tower_of_timm_is_refused_without_it(family: str, tmp_path: Path) -> N
         load_vlm(str(tmp_path))
 
 
-def test_a_decoder_without_rotary_embedding_names_the_form_that_it_has(tmp_path: Path) -> None:
+def test_a_decoder_without_rotary_embedding_has_the_fast_form(tmp_path: Path) -> None:
+    """Positions are added to the embeddings; attention keeps its operator, which then turns nothing."""
     parts = take_apart("blip2", tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="--attention standard"):
-        trace_decoder(parts.vlm.model, parts.split.parts[Role.DECODER].module, fuse_rotary=True)  # type: ignore[arg-type]
+    artifact = export(parts, FLOATS, tmp_path / "fp32")
+    graph = onnx.load(artifact.part_path("decoder"), load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    turned = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "do_rotary"]
+    assert turned == [0, 0, 0]
+    assert max(largest_differences(parts, artifact).values()) <= LOWERING_LIMIT

@@ -20,7 +20,7 @@ from vlmexport.lower.onnx.dq import DequantizeEmitter
 from vlmexport.lower.onnx.expert_trace import ExpertPeaks
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
 from vlmexport.lower.onnx.logit_mask import hide_tokens
-from vlmexport.lower.onnx.rotary import RotaryOperator, probe_rotary
+from vlmexport.lower.onnx.rotary import RotaryInTrace, RotaryOperator, probe_rotary
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.model.load import VLM
 from vlmexport.plan import ExportPlan
@@ -149,7 +149,7 @@ def choose_dialect(
         if length is None:
             raise BadInputError("TensorRT's decoder has a static cache; its length is missing (--max-seq)")
         rotary = traced.rotary
-        if isinstance(rotary, RotaryOperator):
+        if isinstance(rotary, RotaryOperator | RotaryInTrace):
             raise ValueError("positions on several axes have no form in TensorRT's dialect")
         return TensorRTDialect(linears, target.onnx.opset, length, rotary, blocks)
     if traced.rotary is not None:

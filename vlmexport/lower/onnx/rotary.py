@@ -7,10 +7,11 @@ same numbers on random input (RoFormer, arXiv:2104.09864; half-split as in GPT-N
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import neutral
+from vlmexport.split.per_layer import text_arguments
 
 _FUNCTION = "apply_rotary_pos_emb"
 _LIMIT = 1e-5
@@ -57,10 +59,31 @@ class RotaryOperator:
     def emitted(self) -> AbstractContextManager[None]:
         """Let ``apply_rotary_pos_emb`` of the modeling module emit the neutral operator."""
 
-        def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_a: Any, **_k: Any) -> Any:
-            return tuple(neutral.rotation(x, cos, sin, self.interleaved, self.doubled) for x in (q, k))
+        def one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> torch.Tensor:
+            if unsqueeze_dim == 1:
+                return neutral.rotation(x, cos, sin, self.interleaved, self.doubled)
+            # Tokens come before heads here, behind them in the operator.
+            return one(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
-        return _overridden(self.modeling, apply)
+        def pair(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_a: Any, **_k: Any) -> Any:
+            return tuple(one(x, cos, sin) for x in (q, k))
+
+        single = _takes_one(getattr(sys.modules[self.modeling], _FUNCTION))
+        return _overridden(self.modeling, one if single else pair)
+
+
+@dataclass(frozen=True)
+class RotaryInTrace:
+    """Positions that stay in the trace as the model computes them, or that a decoder adds to its embeddings.
+
+    Right for every decoder, since a key is cached behind whatever was done to it; more nodes than the other forms.
+    """
+
+    interleaved: bool = False
+
+    def emitted(self) -> AbstractContextManager[None]:
+        """Nothing is replaced."""
+        return nullcontext()
 
 
 @contextmanager
@@ -74,44 +97,57 @@ def _overridden(modeling: str, function: Callable[..., Any]) -> Iterator[None]:
         setattr(module, _FUNCTION, original)
 
 
-def find_rotary(decoder: Any, layers: Sequence[nn.Module], axes: int) -> Rotary | RotaryOperator:
-    """The decoder's rotation in a form that an operator has: tables by position inside attention where they suffice.
+def find_rotary(decoder: Any, layers: Sequence[nn.Module], axes: int) -> Rotary | RotaryOperator | RotaryInTrace:
+    """The decoder's rotation in the fastest form that it has.
 
-    Positions on several `axes`, and tables that differ from layer to layer, are for an operator in front of it. Raises
-    `UnsupportedModelError` as `probe_rotary`.
+    Tables by position inside attention; else, for positions on several `axes`, tables that differ from layer to layer
+    and rotations of a part of each head, an operator in front of it; else what the model does, traced.
+    Raises `UnsupportedModelError` for positions on several axes that no operator turns by.
     """
     layer = next((layer for layer in layers if _attention(layer) is not None), layers[0])
     if axes > 1:
         return probe_operator(decoder, layer, axes)
-    if _rotary_call(decoder, layer)[1] <= _TABLE_ARGUMENTS:
-        return probe_rotary(decoder, layer)
-    apply, modeling, head_dim = _function(decoder, layer)
-    forms = {_form(apply, head_dim, cos, sin) for cos, sin in _reached_tables(decoder, layers)}
+    try:
+        apply, modeling, head_dim = _function(decoder, layer)
+        _, arguments = _rotary_call(decoder, layer)
+    except UnsupportedModelError:
+        return RotaryInTrace()
+    if arguments <= _TABLE_ARGUMENTS:
+        with suppress(UnsupportedModelError):
+            return probe_rotary(decoder, layer)
+    tables = [pair for pair in _reached_tables(decoder, layers) if pair is not None]
+    forms = {_part_form(apply, head_dim, cos, sin) for cos, sin in tables}
     form = forms.pop() if len(forms) == 1 else None
-    if form is None:
-        raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
-    return RotaryOperator(*form, modeling)
+    return RotaryInTrace() if form is None else RotaryOperator(*form, modeling)
 
 
-def _reached_tables(decoder: Any, layers: Sequence[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The tables ``[2, 7, width]`` that each layer gets for some positions."""
+def _part_form(
+    apply: Callable[..., Any], head_dim: int, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[bool, str] | None:
+    """`_form` of a function that is given whole heads, or the part of each head that it turns."""
+    widths = dict.fromkeys((head_dim, cos.shape[-1]))
+    return next((form for width in widths if (form := _form(apply, width, cos, sin)) is not None), None)
+
+
+def _reached_tables(decoder: Any, layers: Sequence[nn.Module]) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The tables ``[2, 7, width]`` that each layer gets for some positions; None for a layer without attention."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.randint(0, 1000, (2, 7), generator=generator)
-    reached: list[tuple[torch.Tensor, torch.Tensor]] = []
+    reached: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
-    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        reached.append(kwargs["position_embeddings"])
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        reached.append(_tables_of(module, args, kwargs) if _attention(module) is not None else None)
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     hidden = decoder.config.get_text_config().hidden_size
     try:
         with torch.no_grad():
             embeds = torch.zeros(2, 7, hidden, dtype=decoder.dtype)
-            decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+            decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False, **text_arguments(decoder, 2, 7))
     finally:
         for handle in handles:
             handle.remove()
-    return [(cos.float(), sin.float()) for cos, sin in reached]
+    return [None if tables is None else (tables[0].float(), tables[1].float()) for tables in reached]
 
 
 def probe_operator(decoder: Any, layer: nn.Module, axes: int) -> RotaryOperator:
@@ -136,13 +172,27 @@ def _form(apply: Callable[..., Any], head_dim: int, cos: torch.Tensor, sin: torc
     pair = [torch.randn(2, 3, 7, head_dim, generator=generator) for _ in range(2)]
     if cos.ndim != _TABLE_AXES or cos.shape[-1] > head_dim:
         return None
-    got = apply(*pair, cos, sin)
+    try:
+        got = tuple(apply(x, cos, sin) for x in pair) if _takes_one(apply) else apply(*pair, cos, sin)
+    except RuntimeError:  # shapes that it is never given
+        return None
     for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
         c, s = (_once(table, doubled).unsqueeze(1) for table in (cos, sin))
         wanted = [_turned(x, c, s, interleaved) for x in pair]
-        if all((g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
+        if all(g.shape == w.shape and (g - w).abs().max() <= _LIMIT for g, w in zip(got, wanted, strict=True)):
             return interleaved, doubled
     return None
+
+
+def _takes_one(apply: Callable[..., Any]) -> bool:
+    """Does a function turn queries or keys, and not both at once?"""
+    return len(inspect.signature(apply).parameters) > 1 and list(inspect.signature(apply).parameters)[1] == "cos"
+
+
+def _tables_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tables (cos, sin) that a call of `layer` is given, by name or by place; None without."""
+    names = list(inspect.signature(layer.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}.get("position_embeddings")
 
 
 def _once(table: torch.Tensor, doubled: str) -> torch.Tensor:
@@ -174,10 +224,8 @@ def probe_rotary(decoder: Any, layer: nn.Module) -> Rotary:
     module = _rotary_module(decoder, layer)
     text = decoder.config.get_text_config()
     cos, sin = _tables(decoder, module, text.max_position_embeddings)
-    for interleaved in (False, True):
-        halves = (
-            (cos[:, ::2], sin[:, ::2]) if interleaved else (cos[:, : cos.shape[1] // 2], sin[:, : sin.shape[1] // 2])
-        )
+    for interleaved, doubled in itertools.product((False, True), ("halves", "neighbours")):
+        halves = _once(cos, doubled), _once(sin, doubled)
         if _matches(apply, cos, sin, halves, interleaved, head_dim):
             return Rotary(halves[0].contiguous(), halves[1].contiguous(), interleaved, modeling)
     raise _refusal(decoder, "its rotation is neither the half-split nor the interleaved form")
@@ -210,7 +258,7 @@ def _matches(
     interleaved: bool,
     head_dim: int,
 ) -> bool:
-    if cos.shape[1] != head_dim:  # partial rotary is applied outside this function: not expressed here
+    if cos.shape[1] != head_dim or _takes_one(apply):  # a part of each head: not expressed here
         return False
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, 7, head_dim, generator=generator) for _ in range(2))
@@ -238,13 +286,14 @@ def _rotary_call(decoder: Any, layer: nn.Module) -> tuple[nn.Module, int]:
     handles = [m.register_forward_hook(seen, with_kwargs=True) for m in decoder.children()]
     handles.append(
         layer.register_forward_pre_hook(
-            lambda _m, _a, kw: reached.append(kw.get("position_embeddings")), with_kwargs=True
+            lambda m, args, kwargs: reached.append(_tables_of(m, args, kwargs)), with_kwargs=True
         )
     )
     hidden = decoder.config.get_text_config().hidden_size
     try:
         with torch.no_grad():
-            decoder(inputs_embeds=torch.zeros(1, 2, hidden, dtype=decoder.dtype), use_cache=False)
+            embeds = torch.zeros(1, 2, hidden, dtype=decoder.dtype)
+            decoder(inputs_embeds=embeds, use_cache=False, **text_arguments(decoder, 1, 2))
     finally:
         for handle in handles:
             handle.remove()

@@ -25,7 +25,7 @@ from vlmexport.lower.onnx import neutral
 from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
 from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
-from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator, find_rotary
+from vlmexport.lower.onnx.rotary import Rotary, RotaryInTrace, RotaryOperator, find_rotary
 from vlmexport.lower.onnx.state_trace import traced_states
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.split.cross import CrossAttention
@@ -54,7 +54,7 @@ class TracedDecoder:
     graph: ir.Graph
     kind_of: tuple[int, ...]
     layer_paths: tuple[str, ...]
-    rotary: Rotary | RotaryOperator | None
+    rotary: Rotary | RotaryOperator | RotaryInTrace | None
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     cross: CrossAttention | None = None
 

@@ -19,7 +19,7 @@ from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter
-from vlmexport.lower.onnx.rotary import Rotary, RotaryOperator
+from vlmexport.lower.onnx.rotary import Rotary, RotaryInTrace, RotaryOperator
 from vlmexport.lower.onnx.shared_kv import SharedCall, no_keys
 from vlmexport.quantize.kv_cache import CachePeaks
 from vlmexport.split.masks import BlockMasks
@@ -34,7 +34,7 @@ class OrtDialect(GrowingCache):
     made once for each window.
     """
 
-    rotary: Rotary | RotaryOperator
+    rotary: Rotary | RotaryOperator | RotaryInTrace
     linears: LinearEmitter
     opset: int
     cache_peaks: CachePeaks | None = None
@@ -46,8 +46,8 @@ class OrtDialect(GrowingCache):
 
     @property
     def needs_position_ids(self) -> bool:
-        """True where the rotation is an operator of its own, by tables that are computed from positions."""
-        return isinstance(self.rotary, RotaryOperator)
+        """True where the rotation is not part of attention: something else computes with positions."""
+        return not isinstance(self.rotary, Rotary)
 
     @property
     def cache_type(self) -> ir.DataType | None:
@@ -204,6 +204,11 @@ class OrtDialect(GrowingCache):
         """Inputs 9 to 13 and the attributes of a quantized cache; nothing for a cache of floats."""
         if self.cache_peaks is None:
             return [], {}
+        if isinstance(self.rotary, RotaryInTrace):
+            raise UnsupportedModelError(
+                "--kv-cache int8: this decoder's keys are turned by its own code or not at all, so which channels "
+                "share a scale is not known; choose --kv-cache same"
+            )
         if self._folded_rows(call.key_weight) is not None:
             raise ValueError(f"{call.key_weight}: a fold scales keys that are cached after rotary embedding")
         scaled = [name for name in call.value_makers if self._folded_rows(name) is not None]
