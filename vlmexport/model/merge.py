@@ -12,6 +12,7 @@ from vlmexport.model.anyres import AnyRes, Array
 from vlmexport.model.blocks import MaskKind
 from vlmexport.model.cross import STATE_MASK, STATES, cross_names
 from vlmexport.model.pictures import EachPicture
+from vlmexport.model.videos import VideoSpec
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class MergeSpec:
     `decoder_start_token_id`: the embeddings are those of a text encoder, and the decoder starts with this token; None
     for decoders that get them themselves. `cross_layers` attend to states beside the tokens (`model/cross.py`). With
     `place` ``cross_attention`` these are the feature rows, `tile_tokens` of them for each tile of a picture.
+    `video`: how videos enter (`model/videos.py`); None where they have no place.
     """
 
     image_token_id: int
@@ -50,6 +52,7 @@ class MergeSpec:
     decoder_start_token_id: int | None = None
     cross_layers: tuple[int, ...] = ()
     tile_tokens: int = 0
+    video: VideoSpec | None = None
 
     @property
     def crosses(self) -> bool:
@@ -81,7 +84,7 @@ class MergeSpec:
         known = {f.name for f in dataclasses.fields(MergeSpec)}
         if unknown := sorted(data.keys() - known):
             raise ArtifactError(f"merge specification has unknown keys {unknown}")
-        packing, pictures = data.get("packing"), data.get("pictures")
+        packing, pictures, video = (data.get(name) for name in ("packing", "pictures", "video"))
         return MergeSpec(
             **{
                 **data,
@@ -91,6 +94,7 @@ class MergeSpec:
                 "block_tokens": tuple(data.get("block_tokens", ())),
                 "packing": None if packing is None else AnyRes.from_dict(packing),
                 "pictures": None if pictures is None else EachPicture(**pictures),
+                "video": None if video is None else VideoSpec(**video),
             }
         )
 

@@ -21,6 +21,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import joined_features
 from vlmexport.model.positions import prompt_positions
+from vlmexport.model.videos import as_pictures
 from vlmexport.runtime.protocol import (
     BATCH_AXIS,
     DEFAULT_RESERVE,
@@ -117,14 +118,21 @@ def merged_inputs(runner: Runner, batch: Sequence[ModelInputs]) -> tuple[Decoder
 
     Images are encoded prompt by prompt: image counts and sizes may differ between the rows.
     """
-    features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
-    return with_features(runner, batch, features)
+    return with_features(runner, batch, encoded_pictures(runner, batch))
+
+
+def encoded_pictures(runner: Runner, batch: Sequence[ModelInputs]) -> list[Array]:
+    """The image features of each prompt that has pixels; videos are encoded as images of several frames."""
+    spec = runner.merge_spec
+    pixels = [as_pictures(spec, item.input_ids, item.pixel_inputs)[1] for item in batch if item.pixel_inputs]
+    return [runner.image_features(inputs) for inputs in pixels]
 
 
 def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequence[Array]) -> tuple[DecoderInputs, Ids]:
     """`merged_inputs` of image features that are made already, for each prompt with images in order."""
     spec = runner.merge_spec
-    ids, mask = pad_right([item.input_ids for item in batch], 0 if spec.image_token_id else 1)
+    rows = [as_pictures(spec, item.input_ids, item.pixel_inputs)[0] for item in batch]
+    ids, mask = pad_right(rows, 0 if spec.image_token_id else 1)
     joined = joined_features(spec, features)
     tokens = token_inputs(runner, ids)
     further = further_inputs(spec, batch, tokens.embeds, ids, joined)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError
-from vlmexport.runtime.decoder_inputs import token_inputs, with_features
+from vlmexport.runtime.decoder_inputs import encoded_pictures, token_inputs, with_features
 from vlmexport.runtime.protocol import ModelInputs, Runner
 from vlmexport.runtime.sampling import Sampling, choose
 from vlmexport.runtime.text import TextStream
@@ -193,7 +193,7 @@ def generate_steps(
 def _start(runner: Runner, batch: Sequence[ModelInputs], reserve: int, timings: Timings) -> tuple[NDArray[Any], Any]:
     """Encode the images, merge and prefill."""
     start = time.perf_counter()
-    features = [runner.image_features(item.pixel_inputs) for item in batch if item.pixel_inputs]
+    features = encoded_pictures(runner, batch)
     encoded = time.perf_counter()
     inputs, mask = with_features(runner, batch, features)
     logits, cache = inputs.prefill(runner, mask, 1, reserve=reserve)

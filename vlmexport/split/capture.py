@@ -40,6 +40,7 @@ from vlmexport.split.positions import (
     with_deepstack,
     with_positions,
 )
+from vlmexport.split.videos import with_videos
 from vlmexport.split.vision import packed_features, projector_packing, projector_pictures, split_vision
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
         fixed = fixed_rows(projector.module)
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows, fixed))
     parts = {
+    merge = with_videos(vlm, merge, (vision, projector), examples[0])
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
         Role.EMBEDDING: embedding_part(vlm, text_decoder(vlm.model), examples, calls),

@@ -13,7 +13,8 @@ import torch
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
-from vlmexport.model.positions import AXES, GRID, prompt_positions
+from vlmexport.model.positions import AXES, prompt_positions
+from vlmexport.model.videos import GRID
 from vlmexport.split.decoder import DecoderCall, DecoderPart
 
 if TYPE_CHECKING:

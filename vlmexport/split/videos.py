@@ -1,0 +1,133 @@
+"""How videos enter a decoder, found by giving the whole model one and looking at what reached it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlmexport.model.merge import MergeSpec
+from vlmexport.model.positions import prompt_positions
+from vlmexport.model.videos import (
+    GRID,
+    PIXELS,
+    SECONDS,
+    VIDEO_GRID,
+    VIDEO_PIXELS,
+    VideoSpec,
+    as_pictures,
+    token_kinds,
+)
+from vlmexport.split.decoder import DecoderCall, capture_decoder_call
+from vlmexport.split.parts import Part
+from vlmexport.split.positions import dense_deepstack
+
+if TYPE_CHECKING:
+    from vlmexport.model.load import VLM
+
+Example = dict[str, torch.Tensor]
+_LIMIT = 1e-5
+_FRAMES, _SECONDS = 2, 1.5
+_KINDS = "mm_token_type_ids"
+# What a model raises for a prompt whose video tokens do not stand as it expects.
+_NOT_SO = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
+
+
+def with_videos(vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], example: Example) -> MergeSpec:
+    """`merge` with the place of videos, where positions and features of one are those of the rules that are known.
+
+    `parts` are the vision encoder and the projector, whose features of a video's frames are compared with the model's;
+    `example` is one of the whole model with a picture. Models that take no videos, or others, keep none.
+    """
+    if merge.position != "mrope" or GRID not in example:
+        return merge
+    for spec in _candidates(vlm):
+        found = dataclasses.replace(merge, video=spec)
+        prompt = _prompt(vlm, found, spec, example)
+        try:
+            call = capture_decoder_call(vlm.model, prompt)
+        except _NOT_SO:
+            continue
+        if _same_positions(found, prompt, call) and _same_features(vlm, found, parts, prompt, call):
+            return found
+    return merge
+
+
+def _candidates(vlm: VLM) -> list[VideoSpec]:
+    """The ways in which videos may enter, the likeliest first; none for a model that takes no videos by grid."""
+    taken = inspect.signature(vlm.model.forward).parameters
+    config = vlm.model.config
+    token = getattr(config, "video_token_id", getattr(config, "video_token_index", None))
+    if token is None or not {VIDEO_PIXELS, VIDEO_GRID} <= taken.keys():
+        return []
+    speed = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
+    timed = [VideoSpec(int(token), per_second=float(speed))] if speed else []
+    return [*timed, VideoSpec(int(token)), VideoSpec(int(token), each_frame=True)]
+
+
+def _prompt(vlm: VLM, merge: MergeSpec, video: VideoSpec, example: Example) -> Example:
+    """A prompt with a video of the example's first picture, and with that picture behind it."""
+    ids, token = example["input_ids"][0], merge.image_token_id
+    grid = example[GRID][:1]
+    rows = int(grid.prod())
+    count = rows // merge.spatial_merge_size**2
+    first = int((ids == token).nonzero()[0])
+    before, after = ids[:first], ids[first + count :]
+    after = after[after != token]
+
+    def run(kind: int, length: int) -> torch.Tensor:
+        return torch.cat([before, torch.full((length,), kind), after])
+
+    frames = [count] * _FRAMES if video.each_frame else [count * _FRAMES]
+    given = torch.cat([*(run(video.token_id, length) for length in frames), run(token, count)])[None]
+    picture = example[PIXELS][:rows]
+    made = {
+        "input_ids": given,
+        "attention_mask": torch.ones_like(given),
+        PIXELS: picture,
+        GRID: grid,
+        VIDEO_PIXELS: torch.cat([picture.roll(shift, 0) for shift in range(_FRAMES)]),
+        VIDEO_GRID: grid * torch.tensor([_FRAMES, 1, 1]),
+    }
+    if SECONDS in inspect.signature(vlm.model.forward).parameters:
+        made[SECONDS] = torch.tensor([_SECONDS])
+    if _KINDS in example:
+        made[_KINDS] = torch.from_numpy(token_kinds(merge, given.numpy())).int()
+    return made
+
+
+def _same_positions(merge: MergeSpec, prompt: Example, call: DecoderCall) -> bool:
+    """Are the decoder's positions those that are counted from the grids?"""
+    given = call.kwargs.get("position_ids")
+    pixels = {name: prompt[name].numpy() for name in (GRID, VIDEO_GRID, SECONDS) if name in prompt}
+    counted = torch.from_numpy(prompt_positions(merge, prompt["input_ids"].numpy(), pixels))
+    return given is not None and given.shape == counted.shape and torch.equal(given, counted)
+
+
+def _same_features(vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], prompt: Example, call: DecoderCall) -> bool:
+    """Are what the two `parts` make of frames as pictures the rows that the model put into its embeddings?"""
+    vision, projector = parts
+    arrays = {n: prompt[n].float().numpy() if prompt[n].is_floating_point() else prompt[n].numpy()
+              for n in (PIXELS, GRID, VIDEO_PIXELS, VIDEO_GRID)}  # fmt: skip
+    ids, pixels = as_pictures(merge, prompt["input_ids"].numpy(), arrays)
+    inputs = {spec.name: torch.from_numpy(pixels[spec.name]) for spec in vision.signature.inputs}
+    with torch.no_grad():
+        made = vision.module(**inputs)
+        named = zip(projector.signature.inputs, made if isinstance(made, tuple) else (made,), strict=True)
+        rows = projector.module(**{spec.name: tensor for spec, tensor in named})
+    places = torch.from_numpy(ids == merge.image_token_id)
+    hidden = call.kwargs["inputs_embeds"].shape[-1]
+    pairs = [(rows[:, :hidden], call.kwargs["inputs_embeds"][places])]
+    if merge.deepstack_layers:
+        added = rows[:, hidden:].reshape(len(rows), merge.deepstack_layers, hidden).transpose(0, 1)
+        pairs.append((added, dense_deepstack(call)[:, places]))
+    return all(_close(got, wanted) for got, wanted in pairs)
+
+
+def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    scale = wanted.float().abs().max().clamp_min(1e-12)
+    return bool((got.float() - wanted.float()).abs().max() / scale <= _LIMIT)
