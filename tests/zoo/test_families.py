@@ -16,11 +16,9 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.zoo.measure import int4_difference
-from tests.zoo.models import make_zoo, zoo_examples
 from tests.zoo.proof import FLOATS, Zooed, export, largest_differences, take_apart
-from vlmexport.errors import NotPossibleHereError, UnsupportedModelError
+from vlmexport.errors import NotPossibleHereError
 from vlmexport.model.load import load_vlm
-from vlmexport.split.capture import split_model
 
 REPLAY_LIMIT, LOWERING_LIMIT = 1e-5, 1e-4
 # One of each way in which features come to the decoder; every family is proven by test_support.
