@@ -31,6 +31,10 @@ def find_cache(vlm: VLM) -> KVGeometry:
 
     family, kv, decoder = vlm.facts.model_type, vlm.facts.kv, text_decoder(vlm.model)
     past = DynamicCache(config=decoder.config)
+    if past.layers and not any(hasattr(layer, "keys") for layer in past.layers):
+        raise UnsupportedModelError(
+            f"{family}: no layer of the decoder keeps keys and values; such decoders are not supported yet"
+        )
     embeds = torch.zeros(1, _TOKENS, vlm.facts.hidden_size, dtype=decoder.dtype)
     with torch.no_grad():
         decoder(inputs_embeds=embeds, past_key_values=past, use_cache=True, **text_arguments(decoder, 1, _TOKENS))
@@ -47,10 +51,6 @@ def find_cache(vlm: VLM) -> KVGeometry:
         found.append(None if keeps_none else _layer_kv(what, layer))
     if all(layer == LayerKV(kv.heads, kv.head_dim) for layer in found):
         return dataclasses.replace(kv, states=tuple(states))
-    if not any(found):
-        raise UnsupportedModelError(
-            f"{family}: no layer of the decoder keeps keys and values; such decoders are not supported yet"
-        )
     return dataclasses.replace(kv, per_layer=tuple(found), states=tuple(states))
 
 
