@@ -193,6 +193,16 @@ def test_a_checkpoint_with_a_processor_is_proven(tiny_llava: Path, tiny_idefics3
         assert proven_preprocessor(str(folder), "split", 21, trust_remote_code=False).graph.inputs[0].name == "image"
 
 
+def test_an_image_processor_alone_is_enough(tmp_path: Path) -> None:
+    """Where the processor does not load: Qwen2-VL's needs torchvision for its videos."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(BadInputError, match="the processor does not load"):
+        proven_preprocessor(str(tmp_path), "split", 21, trust_remote_code=False)
+    PROCESSORS["patches"].save_pretrained(tmp_path)
+    graph = proven_preprocessor(str(tmp_path), "split", 21, trust_remote_code=False)
+    assert [value.name for value in graph.graph.outputs] == ["pixel_values", "image_grid_thw"]
+
+
 def test_another_layout_is_refused() -> None:
     with pytest.raises(BadInputError, match="goes with --layout split, not with transformersjs"):
         proven_preprocessor("demo", "transformersjs", 21, trust_remote_code=False)
