@@ -46,6 +46,10 @@ _IMAGE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--stop", multiple=True, metavar="TEXT", show_default="none", help="End the answer before TEXT; may be given again."
 )
+@click.option(
+    "--dtype", default=None, metavar="NAME", show_default="the export's first",
+    help="Which of several precisions to run (exports of --layout transformersjs).",
+)  # fmt: skip
 @common_options
 def command(
     session: Session,
@@ -58,6 +62,7 @@ def command(
     top_k: int,
     seed: int,
     stop: tuple[str, ...],
+    dtype: str | None,
 ) -> None:
     """Answer a question about pictures with the export in DIR; the answer streams to stdout.
 
@@ -74,6 +79,6 @@ def command(
         stream.write(text)
         stream.flush()
 
-    answer = api.answer_prompt(artifact, images, prompt, sampling, show)
+    answer = api.answer_prompt(artifact, images, prompt, sampling, show, dtype=dtype)
     show("\n")
     session.write_json(answer.to_dict())
