@@ -31,7 +31,7 @@ def _qwen3_vl_moe(folder: Path) -> Path:
 
 
 def _glm4v_moe(folder: Path) -> Path:
-    """GLM-4.5V: a dense layer first, experts in two groups of which one is chosen, and a bias of each expert's choice."""
+    """GLM-4.5V: a dense layer first, then experts in two groups of which one is chosen, with a bias for the choice."""
     import transformers
 
     tokens = ("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>")
