@@ -114,18 +114,29 @@ class DecoderSession:
             raise PartOutputError(PART, "a prompt graph needs the gqa form, whose cache both graphs write in place")
 
     def prefill(
-        self, sequence: Array, attention_mask: Mask, keep: int, reserve: int, extras: Extras | None = None
+        self,
+        sequence: Array,
+        attention_mask: Mask,
+        keep: int,
+        reserve: int,
+        extras: Extras | None = None,
+        fixed: Mapping[str, Array] | None = None,
     ) -> tuple[Array, Cache]:
-        """Start a batch; `sequence` is what the graph takes (embeddings or ids); see `Runner.prefill`."""
+        """Start a batch; `sequence` is what the graph takes (embeddings or ids); see `Runner.prefill`.
+
+        `fixed` is what the graph takes in every call of this batch.
+        """
         batch, tokens = attention_mask.shape
         if self.attention == "gqa":
             require_right_padding(attention_mask)
             shared = self._new_cache(batch, tokens + reserve)
+            shared.fixed.update(fixed or {})
             further = self._further(attention_mask, shared, extras)
             logits = self._run_shared(sequence, attention_mask, shared, keep, further)
             self._advance(shared, attention_mask, further)
             return logits, shared
         growing = GrowingCache(np.zeros(batch, np.int64), self._empty_past(batch), attention_mask[:, :0])
+        growing.fixed.update(fixed or {})
         return self._run_growing(sequence, attention_mask, growing, keep, extras), growing
 
     def decode(self, sequence: Array, cache: Cache, keep: int, extras: Extras | None = None) -> Array:
@@ -156,11 +167,15 @@ class DecoderSession:
         given = dict(extras or {})
         if unknown := sorted(given.keys() - self.extra_shapes.keys()):
             raise BadInputError(f"the decoder graph takes no {unknown[0]}")
+        for name, row in cache.repeated.items():
+            given.setdefault(name, row.repeat(new.shape[1], axis=1))
         for name, shape in self.extra_shapes.items():
             if name in given:
                 continue
             if name == PER_LAYER:
-                raise BadInputError(f"the decoder graph needs the {PER_LAYER} of every token; `Runner.per_layer` has them")
+                raise BadInputError(
+                    f"the decoder graph needs the {PER_LAYER} of every token; `Runner.per_layer` has them"
+                )
             if name == "position_ids":
                 counted = np.maximum(cache.lengths[:, None] + np.cumsum(new, axis=1) - 1, 0)
                 given[name] = np.broadcast_to(counted + cache.position_shift[:, None], (*shape[:-2], *new.shape))
@@ -221,7 +236,7 @@ class DecoderSession:
         for chunk, end, kept in self._chunks(0 if whole else graph, mask, sequence.shape[1], keep):
             tokens = np.arange(chunk.start, chunk.stop)
             part = {n: a.take(tokens, axis=token_axis(n, a)) for n, a in further.items()}
-            feed = self._inputs(sequence[:, chunk], mask[:, :end], part, kept)
+            feed = self._inputs(sequence[:, chunk], mask[:, :end], {**part, **cache.fixed}, kept)
             rows.append(self._run_bound(graph, feed, cache, kept))
         return self._finished(rows[-1] if keep else np.concatenate(rows, axis=1), mask, keep)
 
@@ -255,7 +270,7 @@ class DecoderSession:
     ) -> Array:
         whole = np.concatenate([cache.mask, new], axis=1)
         further = self._further(new, cache, extras)
-        feed = self._inputs(sequence, whole, further, keep) | cache.past
+        feed = self._inputs(sequence, whole, {**further, **cache.fixed}, keep) | cache.past
         with part_errors(PART, "does not run"):
             logits, *present = self.session.run(["logits", *self.fed_back.values()], feed)
         cache.past = dict(zip(self.fed_back, present, strict=True))

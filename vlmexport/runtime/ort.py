@@ -20,6 +20,7 @@ from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
+from vlmexport.runtime.cross import CrossDecoder
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.pictures import without_padding_pictures
 from vlmexport.runtime.protocol import (
@@ -157,7 +158,7 @@ class OnnxRunner:
         return PartSession(self.artifact.part_path("embed_tokens"), "embed_tokens", settings, "inputs_embeds", *names)
 
     @cached_property
-    def _decoder(self) -> DecoderSession | StaticDecoder:
+    def _decoder(self) -> DecoderSession | StaticDecoder | CrossDecoder:
         session = open_session(self.artifact.part_path("decoder"), "decoder", self.settings)
         kv, attention = self.model["kv"], self.model["attention"]
         if attention not in ("gqa", "standard", "static"):
@@ -166,7 +167,11 @@ class OnnxRunner:
         device = _DEVICES.get(self.settings.provider, "cpu")
         if attention == "static":
             return StaticDecoder(session, geometry, device)
-        return DecoderSession(session, geometry, attention, device, self._prompt_session())
+        decoder = DecoderSession(session, geometry, attention, device, self._prompt_session())
+        if not self.merge_spec.crosses:
+            return decoder
+        encoder = self._part("encoder", *(spec.name for spec in self.artifact.manifest.parts["encoder"].outputs))
+        return CrossDecoder(decoder, encoder, self.merge_spec, self.embed)
 
     def _prompt_session(self) -> InferenceSession | None:
         if PREFILL_PART not in self.artifact.manifest.parts:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError, VlmExportError
+from vlmexport.model.cross import TILE_MASK
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import place_features
@@ -25,7 +26,7 @@ VisionFeatures: TypeAlias = Array | tuple[Array, ...]
 # What a decoder takes beside embeddings and mask, by graph input: see `decoder_inputs`.
 Extras: TypeAlias = Mapping[str, Array]
 # The axis of each that is the batch; the next one is the tokens. Plain positions are [batch, tokens].
-BATCH_AXIS = {"position_ids": 1, "deepstack_embeds": 1, "block_ids": 0, PER_LAYER: 0}
+BATCH_AXIS = {"position_ids": 1, "deepstack_embeds": 1, "block_ids": 0, PER_LAYER: 0, TILE_MASK: 0}
 DEFAULT_RESERVE = 64
 
 
@@ -47,12 +48,15 @@ class Cache:
     """The key-value cache of one running batch; made by ``prefill``, advanced in place by ``decode``.
 
     `lengths`: int64 ``[batch]``, the valid tokens of each row so far. `position_shift` int64 ``[batch]``: the position
-    of a row's next token is its length and this (images take fewer positions than tokens under M-RoPE). The rest
-    belongs to the runner that made it.
+    of a row's next token is its length and this (images take fewer positions than tokens under M-RoPE). `fixed`: what
+    the decoder takes in every call, by graph input; `repeated` ``[batch, 1, ...]``: what every further token has. The
+    rest belongs to the runner that made it.
     """
 
     lengths: NDArray[np.int64]
     position_shift: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64), kw_only=True)
+    fixed: dict[str, Array] = field(default_factory=dict, kw_only=True)
+    repeated: dict[str, Array] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,9 @@ class Runner(Protocol):
         positions, n = of the last n valid positions of each row. `reserve`: tokens to make room for after the prompt
         (the cache grows when more come). `extras`: further inputs of the same tokens; what is not given is that of
         text. Raises `BadInputError` for one that the decoder does not take.
+
+        Of an encoder-decoder the embeddings are those of its encoder: the logits are of each row's first answer token,
+        ``[batch, 1, vocab]`` whatever `keep` is.
         """
 
     def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from vlmexport.errors import BadInputError
-from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.runtime.protocol import (
@@ -27,6 +26,7 @@ from vlmexport.runtime.protocol import (
     next_shift,
     no_per_layer,
 )
+from vlmexport.runtime.torch_cross import encoded, plain_merge
 from vlmexport.runtime.torch_rows import RowCaches, decode_rows, prefill_rows
 from vlmexport.split.decoder import DecoderPart, text_decoder
 from vlmexport.split.deepstack import deepstack_added
@@ -43,10 +43,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class TorchCache(Cache):
-    """The transformers cache and the mask ``[batch, tokens so far]`` of everything fed to it."""
+    """The transformers cache and the mask ``[batch, tokens so far]`` of everything fed to it.
 
-    past: DynamicCache
+    `states`: further arguments of the decoder, for what it attends to beside its tokens.
+    """
+
+    past: Any
     mask: torch.Tensor
+    states: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 class TorchRunner:
@@ -59,7 +63,7 @@ class TorchRunner:
     def __init__(self, vlm: VLM, split: Split | None = None) -> None:
         self.model = cast(Any, vlm.model)
         self.split = split
-        self.merge_spec = split.merge if split else MergeSpec(vlm.facts.image_token_id)
+        self.merge_spec = split.merge if split else plain_merge(vlm)
         self.eos_token_ids = vlm.facts.eos_token_ids
         self._decoder = self._decoder_part()
         self.new_cache: Callable[[], DynamicCache] = DynamicCache
@@ -123,6 +127,11 @@ class TorchRunner:
             return prefill_rows(self, inputs_embeds, attention_mask, keep, extras)
         mask = torch.from_numpy(attention_mask)
         cache = TorchCache(np.zeros(len(mask), np.int64), self.new_cache(), mask[:, :0])
+        if self.merge_spec.decoder_start_token_id is not None:
+            start = np.full((len(mask), 1), self.merge_spec.decoder_start_token_id)
+            cache.states = encoded(self.model, self.split, self._tensor(inputs_embeds), mask)
+            cache.past, cache.mask = EncoderDecoderCache(cache.past, self.new_cache()), mask[:, :0]
+            inputs_embeds, mask, keep = self.embed(start), torch.ones(start.shape, dtype=torch.int64), 1
         return self._forward(inputs_embeds, mask, cache, keep, extras), cache
 
     def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
@@ -157,6 +166,7 @@ class TorchRunner:
                 attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), embeds),
                 position_ids=self._tensor(positions),
                 **{PER_LAYER: rows for name, rows in tensors.items() if name == PER_LAYER},
+                **cache.states,
                 past_key_values=cache.past,
                 use_cache=True,
             )

@@ -20,9 +20,10 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     config: Any = decoder.config
     text = config.get_text_config()
-    count = getattr(text, "decoder_layers", None) or text.num_hidden_layers
+    count = text.num_hidden_layers
+    counts = {count, getattr(text, "decoder_layers", count), getattr(text, "num_decoder_layers", count)}
     for name, child in decoder.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
+        if isinstance(child, nn.ModuleList) and len(child) in counts:
             return name, child
     raise UnsupportedModelError(
         f"{type(decoder).__name__} has no list of {count} layers; its decoder cannot be repeated"
