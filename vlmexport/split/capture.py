@@ -65,8 +65,8 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     for example, call, rows in zip(examples, calls, features, strict=True):
         fixed = fixed_rows(projector.module)
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows, fixed))
-    parts = {
     merge = with_videos(vlm, merge, (vision, projector), examples[0])
+    parts = {
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
         Role.EMBEDDING: embedding_part(vlm, text_decoder(vlm.model), examples, calls),
