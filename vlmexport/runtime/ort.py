@@ -135,11 +135,16 @@ class OnnxRunner:
         extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
         """Start a batch; see `Runner.prefill`."""
-        return self._decoder.prefill(inputs_embeds, attention_mask, keep, reserve, extras)
+        return self._decoder.prefill(inputs_embeds, attention_mask, keep, reserve, self._fed(extras))
 
     def decode(self, inputs_embeds: Array, cache: Cache, keep: int = 1, *, extras: Extras | None = None) -> Array:
         """Continue every row; see `Runner.decode`."""
-        return self._decoder.decode(inputs_embeds, cache, keep, extras)
+        return self._decoder.decode(inputs_embeds, cache, keep, self._fed(extras))
+
+    def _fed(self, extras: Extras | None) -> Extras:
+        """`extras` without what the decoder's graph makes by itself."""
+        made = self.model.get("made_inputs", ())
+        return {name: array for name, array in (extras or {}).items() if name not in made}
 
     @cached_property
     def _vision(self) -> PartSession:

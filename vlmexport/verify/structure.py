@@ -67,6 +67,7 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
         return set(merge.encoder_inputs), merge.cross_inputs
     further = {*merge.extras, *merge.cross_inputs, *merge.cross_masks}
     inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *further}
+    inputs -= set(artifact.manifest.model.get("made_inputs", ()))
     inputs |= {*kv.pasts(), *(state.past for state in kv.states)}
     outputs = {"logits", *map(present_name, kv.pasts()), *(state.present for state in kv.states)}
     return inputs, outputs

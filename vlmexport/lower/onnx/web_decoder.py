@@ -7,11 +7,14 @@ import onnx_ir as ir
 _BLOCKS = "block_ids"
 
 
-def as_client_decodes(graph: ir.Graph) -> None:
-    """Make ``block_ids`` of a decoder whose prompt is one block: 1 for the first call's tokens, 0 for later ones."""
+def as_client_decodes(graph: ir.Graph) -> tuple[str, ...]:
+    """Make ``block_ids`` of a decoder whose prompt is one block: 1 for the first call's tokens, 0 for later ones.
+
+    Returns the names of the inputs that were made so.
+    """
     blocks = next((value for value in graph.inputs if value.name == _BLOCKS), None)
     if blocks is None:
-        return
+        return ()
     named = {value.name: value for value in graph.inputs}
     one, zero = (_constant(graph, f"{_BLOCKS}.{n}", n) for n in (1, 0))
     sizes = ir.node("Shape", [named["inputs_embeds"]], {"start": 0, "end": 2})
@@ -27,6 +30,7 @@ def as_client_decodes(graph: ir.Graph) -> None:
     graph.insert_before(graph[0], steps)
     ir.convenience.replace_all_uses_with(blocks, spread.outputs[0])
     graph.inputs.remove(blocks)
+    return (_BLOCKS,)
 
 
 def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:

@@ -71,6 +71,7 @@ def emit_transformersjs(
         facts={
             "variant": plan.options.dtypes[0],
             "variants": {name: variant.to_dict() for name, variant in variants.items()},
+            **({"made_inputs": list(writer.made_inputs)} if writer.made_inputs else {}),
         },
         root_files=web_root_files(vlm, writer.family, plan.options.dtypes, writer.external),
     )
@@ -78,7 +79,10 @@ def emit_transformersjs(
 
 @dataclass
 class _Writer:
-    """Writes dtype after dtype; what they share is made once. `external` counts data files by graph file."""
+    """Writes dtype after dtype; what they share is made once. `external` counts data files by graph file.
+
+    `made_inputs` are those that the decoder makes by itself.
+    """
 
     vlm: VLM
     split: Split
@@ -91,6 +95,7 @@ class _Writer:
     vision: TracedVision | None = None
     decoder: TracedDecoder | None = None
     external: dict[str, int] = field(default_factory=dict)
+    made_inputs: tuple[str, ...] = ()
 
     def plan_of(self, dtype: WebDtype) -> ExportPlan:
         """The plan of one dtype: the primary plan's codes where they are of its width, else codes of its own."""
@@ -136,7 +141,7 @@ class _Writer:
         part = self.split.parts[Role.DECODER]
         made = lower_decoder(self.vlm, part, plan, self.target, weights, traced=self.decoder)
         self.decoder = made.traced
-        as_client_decodes(made.model.graph)
+        self.made_inputs = as_client_decodes(made.model.graph)
         self._save(Role.DECODER, dtype, made.model, tuple(made.linears.groups), parts)
         return tuple(made.linears.records)
 
