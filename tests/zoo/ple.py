@@ -18,8 +18,8 @@ from tests.zoo.entry import Entry, Example
 HIDDEN, VOCAB, WINDOW = 128, 320, 6
 _SPECIAL = ("<|endoftext|>", "<|im_end|>", "<image>", "<video>", "<audio>")
 _S, _F = "sliding_attention", "full_attention"
-# Two of a kind, one that keeps what its kind's last layers read, those; both kinds, the last is full as it must be.
-LAYERS = (_S, _S, _F, _S, _F, _S, _S, _F)
+# Two that are alike, one of each kind whose keys the last ones read, and those, of which two are alike.
+LAYERS = (_S, _S, _S, _F, _S, _S, _F)
 SHARED = 3
 PATCH, PATCHES, POOL = 4, 64, 2  # pixels, rows that a picture is padded to, patches on a side of one token
 # Columns and rows of patches of each picture, by example.
@@ -94,7 +94,7 @@ _TEXT: dict[str, Any] = {
 _VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from vlmexport.split.attention import attention_implementation, plain_attention
 from vlmexport.split.layers import layer_buffers, layer_kinds
-from vlmexport.split.per_layer import text_arguments
+from vlmexport.split.per_layer import PER_LAYER_ARGUMENT, text_arguments
 
 if TYPE_CHECKING:
     from vlmexport.split.cross import CrossAttention
@@ -83,7 +84,7 @@ class _Watch:
             return
         index = next(i for i, other in enumerate(self.layers) if other is layer)
         kind = self.kinds[index]
-        self.calls[index] = self._call(args, kwargs)
+        self.calls[index] = self._call(layer, args, kwargs)
         if index == kind or kind not in self.calls:
             return
         # Buffers that no checkpoint holds stay behind: a repeated layer has those of the first.
@@ -93,15 +94,17 @@ class _Watch:
             other = torch.func.functional_call(self.layers[kind], weights, args, kwargs)
         finally:
             self.comparing = False
-        again = self._call(args, kwargs)
+        again = self._call(layer, args, kwargs)
         same = all(_equal(a, b) for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(other), strict=True))
         if same and again.equals(self.calls[index]) and self.calls[index].equals(self.calls[kind]):
             self.alike.add(index)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def _call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         settings, self.settings = self.settings, []
-        beside = {k: v for k, v in kwargs.items() if k != "hidden_states"} if not args else kwargs
-        leaves, spec = pytree.tree_flatten((args[1:], beside))
+        names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        given = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **kwargs}
+        own = {0, names[0], PER_LAYER_ARGUMENT} | {i for i, _ in enumerate(args) if i < len(names)}
+        leaves, spec = pytree.tree_flatten({name: value for name, value in given.items() if name not in own})
         return _Call(leaves, spec, settings)
 
 

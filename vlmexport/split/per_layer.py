@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Rows that are looked up at once: all of them together may be larger than the memory.
 _CHUNK = 1024
 _TOKENS = ("batch_size", "sequence_length")
+# What transformers' layers call what they get, and its decoders the function that makes it for all of them.
+PER_LAYER_ARGUMENT, PER_LAYER_MAKER = "per_layer_input", "project_per_layer_inputs"
 _TABLE = "get_per_layer_input_embeddings"
 
 

@@ -19,9 +19,7 @@ from onnx_ir.tape import Tape
 from torch import nn
 
 from vlmexport.lower.onnx import neutral
-from vlmexport.split.per_layer import per_layer_shape
-
-_MAKER, _ARGUMENT = "project_per_layer_inputs", "per_layer_input"
+from vlmexport.split.per_layer import PER_LAYER_ARGUMENT, PER_LAYER_MAKER, per_layer_shape
 
 
 @dataclass
@@ -33,12 +31,12 @@ class LayerRows:
     def given(self, layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``(args, kwargs)`` of a call of `layer` behind its bracketed `hidden`, with the operator in the place."""
         names = list(inspect.signature(type(layer).forward).parameters)[1:]
-        if self.made is None or _ARGUMENT not in names:
+        if self.made is None or PER_LAYER_ARGUMENT not in names:
             return args, kwargs
-        rows, place = neutral.layer_rows(self.made, hidden), names.index(_ARGUMENT) - 1
+        rows, place = neutral.layer_rows(self.made, hidden), names.index(PER_LAYER_ARGUMENT) - 1
         if place < len(args):
             return (*args[:place], rows, *args[place + 1 :]), kwargs
-        return args, {**kwargs, _ARGUMENT: rows}
+        return args, {**kwargs, PER_LAYER_ARGUMENT: rows}
 
 
 @contextmanager
@@ -48,7 +46,7 @@ def layer_rows_kept(decoder: Any) -> Iterator[LayerRows]:
     if shape is None:
         yield rows
         return
-    make: Callable[..., torch.Tensor] = getattr(decoder, _MAKER)
+    make: Callable[..., torch.Tensor] = getattr(decoder, PER_LAYER_MAKER)
     text = decoder.config.get_text_config()
 
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -59,11 +57,11 @@ def layer_rows_kept(decoder: Any) -> Iterator[LayerRows]:
             text.num_hidden_layers = count
         return rows.made
 
-    decoder.__dict__[_MAKER] = made
+    decoder.__dict__[PER_LAYER_MAKER] = made
     try:
         yield rows
     finally:
-        del decoder.__dict__[_MAKER]
+        del decoder.__dict__[PER_LAYER_MAKER]
 
 
 def emit_layer_rows(tape: Tape, rows: ir.Value, layer: int) -> ir.Value:

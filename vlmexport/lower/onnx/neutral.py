@@ -24,9 +24,10 @@ whole-model parameter name and carry no data, so a trace is small and independen
   `in_features`, `out_features`
 - ``ExpertOut(y, rows, chosen, weights) -> out`` (or ``ExpertOut(y, rows)``): the experts' results back in the order of
   `rows`, weighted and added where each row went to several
-- ``SharedAttention(q) -> out``: ``Attention`` over the cache of layer `source` as it is after the new tokens; attributes
-  `layer`, `source`, `kv_heads`, `scale`, `softcap`, `window`
-- ``LayerRows(rows, hidden) -> x``: of ``rows [batch, sequence, layers, width]`` the decoder layer's own, behind `hidden`
+- ``SharedAttention(q) -> out``: ``Attention`` over the cache of layer `source` as it is after the new tokens;
+  attributes `layer`, `source`, `kv_heads`, `scale`, `softcap`, `window`
+- ``LayerRows(rows, hidden) -> x``: of ``rows [batch, sequence, layers, width]`` what belongs to the decoder layer that
+  `hidden` is in
 - ``LayerIn(x) -> x``, ``LayerOut(x) -> x``: brackets around decoder layer `layer`
 """
 
