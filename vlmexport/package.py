@@ -144,6 +144,7 @@ def _model(vlm: VLM, split: Split, plan: ExportPlan, target: Target, emitted: Em
         "eos_token_ids": list(vlm.facts.eos_token_ids),
         "decoder_dtype": dtype,
         "accuracy_level": target.onnx.accuracy_level,
+        **({"output": vlm.facts.output} if vlm.facts.output != "logits" else {}),
         **({"prefill": emitted.prefill} if emitted.prefill else {}),
         **emitted.facts,
     }

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
+from tests.zoo import gemma
 from tests.zoo.entry import Entry, Example
 from tests.zoo.models import HIDDEN, VOCAB, _build, _noise, _text, _vision
 from vlmexport.model.load import VLM
@@ -127,7 +128,23 @@ def _chameleon_examples(_vlm: VLM) -> tuple[Example, ...]:
     return tuple(made)
 
 
+def _shieldgemma2(folder: Path) -> Path:
+    """Gemma 3 inside a class that asks for two tokens' logits at the end of the prompt."""
+    inner: Any = gemma._gemma3(IMAGE)
+    config = transformers.ShieldGemma2Config(
+        text_config=inner.config.text_config, vision_config=inner.config.vision_config, image_token_index=IMAGE,
+        mm_tokens_per_image=inner.config.mm_tokens_per_image, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.yes_token_index, config.no_token_index = YES, NO
+    model: Any = transformers.ShieldGemma2ForImageClassification(config)
+    _saved(model.model, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+YES, NO = 50, 60
 ENTRIES: dict[str, Entry] = {
+    "shieldgemma2": Entry(_shieldgemma2, lambda _vlm: gemma.gemma_examples("gemma3", IMAGE)),
     "chameleon": Entry(_chameleon, _chameleon_examples),
     "molmo2": Entry(_molmo2, _molmo2_examples),
     "ovis2": Entry(_ovis2, _ovis2_examples),

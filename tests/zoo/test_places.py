@@ -6,22 +6,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.zoo import registry
 from tests.zoo.measure import _TEXT
-from tests.zoo.places import IMAGE, MARKS
+from tests.zoo.places import IMAGE, MARKS, NO, YES
 from tests.zoo.proof import FLOATS, Zooed, export, relative
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import open_artifact
 from vlmexport.model.blocks import block_ids
+from vlmexport.model.load import load_vlm
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.placing import joined_features, place_features
+from vlmexport.model.wrapped import wrapping_class
 from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
@@ -177,3 +182,36 @@ def test_logits_of_tokens_that_are_never_written_are_a_constant() -> None:
     out = np.array([[1.0, np.float32(lowest), 3.0]], np.float32)
     assert relative_error(out, np.array([[1.0, np.float32(lowest), 3.3]], np.float32)) == pytest.approx(0.1, rel=1e-4)
     assert relative_error(out, np.array([[1.0, 2.0, 3.0]], np.float32)) > 1e30
+
+
+@pytest.mark.slow
+@pytest.mark.family
+def test_a_classifier_by_two_tokens_is_the_model_inside_it(tmp_path: Path) -> None:
+    """ShieldGemma2 is loaded as its own class, and exported as the model inside; the classes are two of its logits."""
+    zooed = take_apart("shieldgemma2", tmp_path / "model")
+    assert zooed.vlm.facts.architecture == "Gemma3ForConditionalGeneration"
+    ours = OnnxRunner(export(zooed, FLOATS, tmp_path / "onnx"), threads=1, exact=True)
+    theirs = TorchRunner(zooed.vlm, zooed.split)
+    classifier = transformers.ShieldGemma2ForImageClassification.from_pretrained(tmp_path / "model").eval()
+    example = zooed.examples[-1]
+    inputs, mask = merged_inputs(theirs, [inputs_of(example)])
+    logits = inputs.prefill(ours, mask)[0][0, -1, [YES, NO]]
+    with torch.no_grad():
+        wanted = classifier(**example).probabilities[0].numpy()
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_of_a_wrapped_model_that_are_missing_are_refused(tmp_path: Path) -> None:
+    folder = registry.entries()["shieldgemma2"].make(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({n: t for n, t in tensors.items() if n != lost}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInputError, match="weights missing from the files"):
+        load_vlm(str(folder))
+
+
+def test_a_class_that_is_no_wrapper_is_left_to_transformers(tmp_path: Path) -> None:
+    for name in ("Gemma3ForConditionalGeneration", "Gemma3Model", "NoSuchClass", "PaliGemmaModel"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "architectures": [name]}))
+        assert wrapping_class(tmp_path) is None

@@ -10,6 +10,7 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.importers import check_method
 from vlmexport.model.json_files import read_json
 from vlmexport.model.lora_files import base_name, is_adapter
+from vlmexport.model.retrieval import retrieval_class
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -71,7 +72,7 @@ def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code:
             f"{path}: {model_type or 'the model'} runs Python code that ships with it; read that code, then pass "
             "--trust-remote-code if you trust it"
         )
-    if not native and _AUTO_CLASS not in remote:
+    if not native and _AUTO_CLASS not in remote and retrieval_class(path) is None:
         if model_type in CONFIG_MAPPING_NAMES:
             raise UnsupportedModelError(
                 f"{path} is no vision-language model: transformers knows model_type {model_type!r} without images"

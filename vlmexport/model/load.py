@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.calling_transformers import clear_errors, quiet_transformers
@@ -12,7 +12,9 @@ from vlmexport.model.checkpoint import Checkpoint, check_loading, read_checkpoin
 from vlmexport.model.importers.packed import QuantizedCheckpoint
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.packed import load_packed
+from vlmexport.model.retrieval import gives_embeddings, retrieval_class, with_embedding_head
 from vlmexport.model.source import resolve_source
+from vlmexport.model.wrapped import inner_model, wrapping_class
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 class ModelFacts:
     """What the other rooms need to know of a model, read from its config.
 
+    `output`: what the decoder's head gives; of ``embeddings``, `vocab_size` is their width.
     `dtype` is the checkpoint's torch dtype name (``bfloat16``); sizes are in elements.
     """
 
@@ -39,6 +42,7 @@ class ModelFacts:
     kv: KVGeometry
     tied_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    output: Literal["logits", "embeddings"] = "logits"
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,12 @@ class VLM:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
 
-def load_vlm(source: str, *, lora: str | None = None, trust_remote_code: bool = False) -> VLM:
+def load_vlm(source: str, *, lora: str | None = None, trust_remote_code: bool = False, embeddings: bool = False) -> VLM:
     """Load the model `source` (a folder, a hub id, or ``demo``) and merge the LoRA adapter `lora` (folder or hub id).
 
     Every tensor of the checkpoint is accounted for: nothing is filled with random numbers and nothing is left over. A
-    quantized checkpoint keeps its codes (see `vlmexport.model.packed`). Raises `BadInputError` with one clear line for
+    quantized checkpoint keeps its codes (see `vlmexport.model.packed`). A model that gives `embeddings` instead of text
+    is refused where that is False. Raises `BadInputError` with one clear line for
     anything that is not a loadable vision-language model, and `NotPossibleHereError` when a hub id cannot be fetched.
     """
     path = resolve_source(source, trust_remote_code=trust_remote_code)
@@ -94,6 +99,11 @@ def load_vlm(source: str, *, lora: str | None = None, trust_remote_code: bool = 
     model.requires_grad_(False)
     merged = None if lora is None else _merge(model, lora, source, quantized)
     facts = model_facts(model, dtype)
+    if facts.output == "embeddings" and not embeddings:
+        raise UnsupportedModelError(
+            f"{source}: {facts.model_type} gives embeddings of pages and queries, not text; no command exports such a "
+            "model yet"
+        )
     return VLM(source, path, model.config, model, facts, trust_remote_code, quantized, merged)
 
 
@@ -113,10 +123,13 @@ def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreT
     from transformers import AutoModelForImageTextToText
 
     with clear_errors(checkpoint), quiet_transformers():
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        retrieval = retrieval_class(checkpoint.path)
+        wrapping = retrieval or wrapping_class(checkpoint.path)
+        remote: dict[str, Any] = {} if wrapping is not None else {"trust_remote_code": trust_remote_code}
+        model, info = (wrapping or AutoModelForImageTextToText).from_pretrained(
             checkpoint.path,
             dtype="auto",
-            trust_remote_code=trust_remote_code,
+            **remote,
             local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported in `info`, with both shapes, and refused there
@@ -124,7 +137,9 @@ def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreT
         )
     check_loading(checkpoint.path, info)
     loaded: PreTrainedModel = model
-    return loaded
+    if retrieval is not None:
+        return with_embedding_head(loaded)
+    return loaded if wrapping is None else inner_model(loaded) or loaded
 
 
 def model_facts(model: PreTrainedModel, dtype: str | None = None) -> ModelFacts:
@@ -132,21 +147,23 @@ def model_facts(model: PreTrainedModel, dtype: str | None = None) -> ModelFacts:
 
     `dtype` is the checkpoint's where that is not the model's own.
     """
-    config = model.config
+    retrieves = gives_embeddings(model)
+    config: Any = model.base_model.config if retrieves else model.config
     text = config.get_text_config()
     head: Any = model.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{config.model_type}: the model has no LM head, so it writes no text")
     return ModelFacts(
         architecture=type(model).__name__,
-        model_type=config.model_type,
+        model_type=model.config.model_type,
         dtype=dtype or _checkpoint_dtype(model),
         image_token_id=_image_token_id(config),
         hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
+        vocab_size=head.out_features if retrieves else text.vocab_size,
         kv=_kv_geometry(config.model_type, text),
         tied_embeddings=bool(model.get_input_embeddings().weight.data_ptr() == head.weight.data_ptr()),
         eos_token_ids=_eos_token_ids(model, text),
+        output="embeddings" if retrieves else "logits",
     )
 
 
@@ -178,7 +195,7 @@ def _kv_geometry(model_type: str, text: Any) -> KVGeometry:
 
 
 def _eos_token_ids(model: PreTrainedModel, text: Any) -> tuple[int, ...]:
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)
     eos = generation.eos_token_id if generation is not None else None
     if eos is None:
         eos = getattr(text, "eos_token_id", None)

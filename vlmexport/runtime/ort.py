@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession
 
 from vlmexport.cpu import cpu_flags, int8_gain
 from vlmexport.engines import TENSORRT_LAYOUT
-from vlmexport.errors import ArtifactError, NotPossibleHereError
+from vlmexport.errors import ArtifactError, BadInputError, NotPossibleHereError
 from vlmexport.manifest import PREFILL_PART, Artifact
 from vlmexport.model.json_files import read_json_if_there
 from vlmexport.model.kv import KVGeometry
@@ -164,6 +164,8 @@ class OnnxRunner:
 
     @cached_property
     def _decoder(self) -> DecoderSession | StaticDecoder | CrossDecoder:
+        if self.model.get("output") == "embeddings":
+            raise BadInputError(f"{self.artifact.path} gives embeddings of pages and queries; it writes no text")
         session = open_session(self.artifact.part_path("decoder"), "decoder", self.settings)
         kv, attention = self.model["kv"], self.model["attention"]
         if attention not in ("gqa", "standard", "static"):

@@ -40,6 +40,7 @@ from vlmexport.split.positions import (
     with_deepstack,
     with_positions,
 )
+from vlmexport.split.retrieval import decoder_of
 from vlmexport.split.videos import with_videos
 from vlmexport.split.vision import packed_features, projector_packing, projector_pictures, split_vision
 
@@ -96,7 +97,7 @@ def split_decoder(
 
     Raises `UnsupportedModelError` as `split_model` does.
     """
-    decoder = DecoderPart(text_decoder(vlm.model), vlm.model.get_output_embeddings())
+    decoder = decoder_of(vlm)
     decoder.kv = kv
     merge = with_deepstack(vlm, with_positions(vlm, _merge_spec(vlm, calls), examples, calls), calls)
     merge = with_per_layer(merge, calls)
@@ -184,7 +185,7 @@ def _decoder_part(vlm: VLM, decoder: DecoderPart, calls: list[DecoderCall], mask
             TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
             *(further[name] for name in merge.extras),
         ),
-        (TensorSpec("logits", "float32", ("batch_size", "sequence_length", vocab)),),
+        (TensorSpec(vlm.facts.output, "float32", ("batch_size", "sequence_length", vocab)),),
     )
     examples = tuple(
         {

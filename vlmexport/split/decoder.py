@@ -137,14 +137,14 @@ def capture_decoder_call(model: PreTrainedModel, inputs: dict[str, torch.Tensor]
     handle = text_decoder(model).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad():
-            logits = model(**inputs, use_cache=False).logits
+            made: Any = model(**inputs, use_cache=False)
     finally:
         handle.remove()
     if len(seen) != 1:
         raise UnsupportedModelError(
             f"{model.config.model_type}: the decoder ran {len(seen)} times in one forward, expected 1"
         )
-    return DecoderCall(seen[0], logits)
+    return DecoderCall(seen[0], made.embeddings if hasattr(made, "embeddings") else made.logits)
 
 
 def replay(part: DecoderPart, call: DecoderCall) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Models that give embeddings of pages and queries: split, lowered, and compared with PyTorch in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+
+from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
+from tests.tiny import randomise
+from tests.zoo import gemma
+from tests.zoo.measure import _TEXT
+from tests.zoo.proof import FLOATS, Zooed, export, relative
+from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.manifest import open_artifact
+from vlmexport.model.load import load_vlm
+from vlmexport.model.retrieval import retrieval_class
+from vlmexport.runtime.ort import OnnxRunner
+from vlmexport.runtime.protocol import ModelInputs
+from vlmexport.runtime.retrieval import RetrievalRunner
+from vlmexport.split.capture import split_model
+
+WIDTH, LIMIT = 24, 1e-4
+_NAMES = ("<|endoftext|>", "<|im_end|>", "<image>")
+
+
+def make_colpali(folder: Path) -> Path:
+    """PaliGemma under an embedding layer; no processor."""
+    inner: Any = gemma._paligemma(2, "paligemma")
+    tokenizer = byte_level_tokenizer(_NAMES, gemma.VOCAB)
+    save_tiny(inner, tokenizer, dict(STATISTICS), folder, "", 0)
+    model: Any = transformers.ColPaliForRetrieval(
+        transformers.ColPaliConfig(vlm_config=inner.config, embedding_dim=WIDTH)
+    )
+    model.get_output_embeddings = lambda: model.embedding_proj_layer
+    randomise(model, 1)
+    with torch.no_grad():  # a table of float16, as the export stores it
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.half().float())
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zooed(tmp_path_factory: pytest.TempPathFactory) -> Zooed:
+    vlm = load_vlm(str(make_colpali(tmp_path_factory.mktemp("colpali"))), embeddings=True)
+    examples = gemma.gemma_examples("paligemma", 2)
+    return Zooed(vlm, split_model(vlm, examples), examples)
+
+
+def inputs_of(example: dict[str, torch.Tensor]) -> ModelInputs:
+    return ModelInputs(example["input_ids"].numpy(), {n: t.numpy() for n, t in example.items() if n not in _TEXT})
+
+
+def wanted(zooed: Zooed, inputs: dict[str, torch.Tensor]) -> Any:
+    with torch.no_grad():
+        return zooed.vlm.model(**inputs).embeddings.numpy()
+
+
+@pytest.mark.slow
+def test_pages_and_queries_have_the_models_embeddings(zooed: Zooed, tmp_path: Path) -> None:
+    """Pages one by one, queries of another length, and a padded batch of both; only the first page was traced."""
+    assert zooed.split.replay_difference <= 1e-5
+    runner = RetrievalRunner(export(zooed, FLOATS, tmp_path), threads=1)
+    graph = ir.load(tmp_path / "decoder.onnx").graph
+    assert [value.name for value in graph.inputs] == ["inputs_embeds", "attention_mask", "block_ids"]
+    assert [value.name for value in graph.outputs] == ["embeddings"]
+    singles = []
+    for example in zooed.examples:
+        found, mask = runner.embeddings([inputs_of(example)])
+        singles.append(found[0])
+        assert mask.all()
+        assert found.shape[2] == WIDTH
+        assert relative(found, wanted(zooed, example)) <= LIMIT
+        np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-5)
+    query = {"input_ids": torch.tensor([[20, 30, 40, 50, 60]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    found, _ = runner.embeddings([inputs_of(query)])
+    assert relative(found, wanted(zooed, query)) <= LIMIT
+    batch, mask = runner.embeddings([inputs_of(query), inputs_of(zooed.examples[1])])
+    assert relative(batch[0, :5], found[0]) <= 1e-4
+    assert relative(batch[1], singles[1]) <= 1e-4
+    assert not batch[0, 5:].any()
+    assert not mask[0, 5:].any()
+    other = {**zooed.examples[0], "pixel_values": zooed.examples[0]["pixel_values"].flip(-1)}
+    assert relative(runner.embeddings([inputs_of(other)])[0], singles[0][None]) > 1e-2
+
+
+@pytest.mark.slow
+def test_such_an_export_writes_no_text(zooed: Zooed, tmp_path: Path) -> None:
+    artifact = export(zooed, FLOATS, tmp_path)
+    assert artifact.manifest.model["output"] == "embeddings"
+    runner = OnnxRunner(artifact, threads=1)
+    with pytest.raises(BadInputError, match="gives embeddings of pages and queries; it writes no text"):
+        runner.prefill(runner.embed(np.array([[1, 2]])), np.ones((1, 2), np.int64))
+    data = json.loads((tmp_path / "manifest.json").read_text())
+    del data["model"]["output"]
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BadInputError, match="writes text; it gives no embeddings"):
+        RetrievalRunner(open_artifact(tmp_path, check_hashes=False))
+
+
+@pytest.mark.slow
+def test_commands_for_text_refuse_the_model(tmp_path: Path) -> None:
+    folder = make_colpali(tmp_path)
+    with pytest.raises(
+        UnsupportedModelError, match="colpali gives embeddings of pages and queries, not text; no command"
+    ):
+        load_vlm(str(folder))
+
+
+def test_a_class_that_writes_text_is_no_retrieval_class(tmp_path: Path) -> None:
+    for kind, name in (("gemma3", "Gemma3ForConditionalGeneration"), ("colpali", "NoSuchClass"), ("llama", "Llama")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
+        assert retrieval_class(tmp_path) is None
