@@ -72,7 +72,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     kind_of = _kinds(part, layers, sources) if repeat else tuple(range(len(layers)))
     axes = part.position_axes
     rotary = find_rotary(decoder, list(layers), axes) if fuse_rotary else None
-    deepstack = _Deepstack()
+    deepstack, inputs = _Deepstack(), _trace_inputs(part)
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
         stack.enter_context(_neutral_attention(decoder, sources, part.cross))
@@ -84,7 +84,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         if stateful := [layers[i] for i in indices if part.kv is not None and part.kv.states_of(i)]:
             stack.enter_context(traced_states(stateful))
         trunk = _Trunk(decoder, deepstack) if part.cross is None else CrossTrunk(decoder, part.cross)
-        graph = _export(model, trunk, _trace_inputs(part))
+        graph = _export(model, trunk, inputs)
     every = zip(paths, layers, strict=True)
     buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
     return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross)
