@@ -15,7 +15,7 @@ from torch import nn
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
 from tests.zoo.entry import Entry, Example
 
-HIDDEN, VOCAB, WINDOW = 128, 320, 6
+HIDDEN, VOCAB, WINDOW = 128, 320, 5
 _SPECIAL = ("<|endoftext|>", "<|im_end|>", "<image>", "<video>", "<audio>")
 _S, _F = "sliding_attention", "full_attention"
 # Two that are alike, one of each kind whose keys the last ones read, and those, of which two are alike.
@@ -47,6 +47,13 @@ def gemma4(folder: Path, **text: Any) -> Path:
     model = Gemma4ForConditionalGeneration(config)
     _fill_buffers(model)
     return save_tiny(model, tokenizer, dict(STATISTICS), folder, "", 0)
+
+
+def gemma4_large(folder: Path) -> Path:
+    """Gemma 4 as its large models are: image blocks within windows, keys that are values, no inputs by layer."""
+    large = {"use_bidirectional_attention": "vision", "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    layers = {"layer_types": list(LAYERS[1:4]), "num_hidden_layers": 3, "num_kv_shared_layers": 0}
+    return gemma4(folder, **large, **layers, hidden_size_per_layer_input=0, use_double_wide_mlp=False)
 
 
 def gemma4_examples(image_token: int, sizes: Sequence[Sequence[tuple[int, int]]] = SIZES) -> tuple[Example, ...]:

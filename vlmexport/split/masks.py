@@ -35,11 +35,13 @@ class BlockMasks:
     """Masks of a decoder in which tokens of one block see each other.
 
     `windows`: the window of each mask by its name (None: no window); the name is "" where the decoder takes one tensor.
-    `cut`: a window also hides tokens of the query's own block that lie before it.
+    `cut`: a window also hides tokens of the query's own block that lie before it. `whole`: masks without a window hold
+    the blocks as well; else they are causal.
     """
 
     windows: tuple[tuple[str, int | None], ...]
     cut: bool
+    whole: bool = True
 
     def build(
         self, blocks: torch.Tensor, valid: torch.Tensor, dtype: torch.dtype
@@ -50,9 +52,14 @@ class BlockMasks:
         """
         made = {}
         for name, window in self.windows:
-            seen = visible(blocks, valid, window, cut=self.cut)
+            seen = self.seen(blocks, valid, window)
             made[name] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         return made.get("", made)
+
+    def seen(self, blocks: torch.Tensor, valid: torch.Tensor, window: int | None) -> torch.Tensor:
+        """`visible` for the mask of a window."""
+        held = blocks if self.whole or window is not None else torch.zeros_like(blocks)
+        return visible(held, valid, window, cut=self.cut)
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,12 @@ def find_masks(
     windows = tuple((name, seen.window) for name, seen in layers.items())
     reached = [_filled(masks, call, opens) for masks, call in zip(given, calls, strict=True)]
     wrong, together = "", _together(examples, reached)
+    unlimited = [mask for masks in reached for name, mask in masks.items() if dict(windows).get(name) is None]
+    whole = not all(_is_causal(mask, None) for mask in unlimited) or not unlimited
     for kind in _KINDS:
         tokens = together if kind == "image_tokens" else ()
         blocks = [_blocks(vlm, kind, example, tokens) for example in examples]
-        masks = BlockMasks(windows, cut=True)
+        masks = BlockMasks(windows, cut=True, whole=whole)
         if kind != "causal" and any(window is not None for _, window in windows):
             masks = dataclasses.replace(masks, cut=_cuts(vlm, part, examples[0], blocks[0], masks))
         wrong = next((w for b, n in zip(blocks, reached, strict=True) if (w := _wrong(masks, b, n))), "")
@@ -222,7 +231,7 @@ def _wrong(masks: BlockMasks, blocks: torch.Tensor, named: dict[str, torch.Tenso
     """Which of the masks in `named` is not the rebuilt one; "" when all are."""
     valid = torch.ones_like(blocks)
     for name, window in masks.windows:
-        seen = visible(blocks, valid, window, cut=masks.cut)
+        seen = masks.seen(blocks, valid, window)
         if not torch.equal(_shown(named[name]).expand_as(seen), seen):
             return f"mask {name!r}" if name else "every layer"
     return ""
@@ -239,7 +248,7 @@ def _cuts(
         call = _call_only(vlm, part, example)
         named = _filled(_given(call), call, ())
     short = tuple((name, None if window is None else _PROBE_WINDOW) for name, window in masks.windows)
-    return bool(named) and not _wrong(BlockMasks(short, cut=True), blocks, named)
+    return bool(named) and not _wrong(BlockMasks(short, cut=True, whole=masks.whole), blocks, named)
 
 
 @contextmanager

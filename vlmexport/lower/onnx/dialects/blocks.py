@@ -39,7 +39,7 @@ def visible(
     """
     causal = tape.op("LessOrEqual", [keys, queries])
     if window is None:
-        return tape.op("Or", [causal, same])
+        return tape.op("Or", [causal, same]) if blocks.whole else causal
     near = tape.op("Greater", [keys, tape.op("Sub", [queries, window])])
     if blocks.cut:
         return tape.op("And", [tape.op("Or", [causal, same]), near])
