@@ -51,3 +51,15 @@ def test_only_what_goes_straight_into_attention_may_have_lost_its_rotary_embeddi
         return
     with pytest.raises(UnsupportedModelError, match="after their rotary embedding; use --attention standard"):
         cut_regions(made)
+
+
+def test_what_reads_a_layers_parameter_alone_belongs_to_the_layer() -> None:
+    """Wherever it stands: a repeated layer has parameters of its own."""
+    x, w = ir.Value(name="x"), ir.Value(name="layers.0.conv.weight")
+    squeeze = ir.node("Squeeze", [w])
+    start = neutral("LayerIn", x, layer=0)
+    conv = ir.node("Conv", [start.outputs[0], squeeze.outputs[0]])
+    end = neutral("LayerOut", conv.outputs[0], layer=0)
+    made = ir.Graph([x, w], [end.outputs[0]], nodes=[squeeze, start, conv, end])
+    assert cut_regions(made, {0: "layers.0"}).templates == {0: [start, squeeze, conv, end]}
+    assert cut_regions(made).before == [squeeze]
