@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmexport.cross_plan import check_cross
 from vlmexport.errors import BadInputError
 from vlmexport.expert_plan import PlannedExperts, plan_experts
 from vlmexport.kept_codes import check_kept, kept_scheme, requantized_scheme
@@ -255,6 +256,7 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     """
     check_options(options, target)
     check_kept(vlm.quantized, options.scheme, named=options.scheme_named)
+    check_cross(vlm, split, options)
     experts = plan_experts(vlm, split, target, options)
     if options.kv_cache == "int8" and not split.kv.uniform:
         raise BadInputError(

@@ -177,6 +177,11 @@ def _notes(images: int, usual: int) -> tuple[str, ...]:
 
 def check_split(vlm: VLM, split: Split) -> None:
     """Raise `UnsupportedModelError` for a model that ONNX Runtime gets and engines do not."""
+    if split.merge.crosses:
+        raise UnsupportedModelError(
+            f"{vlm.facts.model_type}: its decoder attends to states beside its own tokens, which engines have no form "
+            "for yet; `vlmexport onnx` writes a form of this model for ONNX Runtime"
+        )
     if more := further_inputs(split):
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: its decoder takes {', '.join(more)} beside embeddings, which what runs engines "
