@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmexport.quantize_pipeline import CheckpointResult
     from vlmexport.runtime.generate import Answer
     from vlmexport.runtime.sampling import Sampling
+    from vlmexport.serve.server import Server
     from vlmexport.support import Support
     from vlmexport.trt_options import TrtOptions
     from vlmexport.trt_pipeline import TrtResult
@@ -450,3 +451,42 @@ def check_pushable(path: Path, *, unverified: bool = False) -> None:
         return
     told = {None: "has not been judged (`--no-verify`)", "failed": "is red"}.get(status, f"says {status!r}")
     raise BadInputError(f"{path}: the gate {told}; export again with the gate, or push with --unverified")
+
+
+def make_server(
+    path: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    compare: bool = True,
+    model: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    waiting: int | None = None,
+    threads: int = 0,
+    trust_remote_code: bool = False,
+) -> Server:
+    """The server of ``vlmexport serve`` for the export in `path`, listening; call its ``serve_forever``.
+
+    `compare` offers the original (`model`, or what it was made from) beside it. Raises `ArtifactError` for a folder
+    that is no export, `BadInputError` for an address that cannot be listened on.
+    """
+    from vlmexport.serve.start import start_server
+
+    return start_server(
+        path,
+        (host, port),
+        compare=compare,
+        model=model,
+        allowed_hosts=tuple(allowed_hosts),
+        waiting=waiting,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def production_lines(path: Path) -> list[str]:
+    """What to serve the export in `path` with for production."""
+    from vlmexport.manifest import open_artifact
+    from vlmexport.serve.production import production_lines as lines
+
+    return lines(open_artifact(path, check_hashes=False))

@@ -1,0 +1,262 @@
+"""The server under an OpenAI client, and under clients that mean no good."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import resource
+import socket
+import struct
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.conftest import Parrot, Start, asked, data_url
+from vlmexport.serve.limits import Limits
+from vlmexport.serve.server import Server
+
+
+def client(server: Server, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="any", **{"max_retries": 0, **options}
+    )
+
+
+def post(server: Server, body: bytes, kind: str = "application/json", **headers: str) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": kind, **headers})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+def alive(server: Server) -> bool:
+    reply = client(server).chat.completions.create(model="parrot", messages=asked("still here"))  # type: ignore[arg-type]
+    return bool(reply.choices[0].message.content == "still here")
+
+
+def test_an_openai_client_gets_an_answer_whole_and_streamed(start: Start) -> None:
+    parrot = Parrot()
+    server = start(parrot)
+    api = client(server)
+    assert [model.id for model in api.models.list()] == ["parrot"]
+    messages: Any = [{"role": "system", "content": "Be brief. "}, *asked("Hello", data_url((8, 6)))]
+    whole = api.chat.completions.create(model="x", messages=messages)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == ("Be brief. Hello", "stop")
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == 5
+    pieces = list(
+        api.chat.completions.create(model="x", messages=messages, stream=True, stream_options={"include_usage": True})
+    )
+    assert [p.choices[0].delta.content for p in pieces[:-2]] == ["", "Be brief. ", "Hello"]
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert pieces[-2].choices[0].finish_reason == "stop"
+    assert pieces[-1].usage is not None
+    chat, sizes = parrot.heard[-1]
+    assert sizes == [(8, 6)]
+    assert chat[1]["content"] == [{"type": "image"}, {"type": "text", "text": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_what_is_not_done_is_refused_and_never_ignored(change: dict[str, Any], param: str, start: Start) -> None:
+    body = {"model": "x", "messages": asked("hi"), **change}
+    status, answer = post(start(Parrot()), json.dumps(body).encode())
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_bodies_that_are_no_requests_are_refused(start: Start) -> None:
+    server = start(Parrot(), Limits(body_bytes=1000))
+    assert post(server, b"{")[0] == 400
+    assert post(server, b"[" * 900)[0] == 400
+    assert post(server, b"{}", kind="text/plain")[0] == 415  # what a page elsewhere can send without asking
+    assert post(server, b"x" * 1001)[0] == 413
+    assert alive(server)
+
+
+def bomb(width: int, height: int) -> str:
+    """A PNG of some hundred bytes that says it has `width` x `height` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 100_000)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("urls", "status", "words"),
+    [
+        ([bomb(60_000, 60_000)], 400, "too many pixels"),
+        ([bomb(12_000, 12_000)], 400, "the pictures have 144000000 pixels; the limit is 40000000"),
+        ([bomb(5_000, 5_000), bomb(5_000, 5_000)], 400, "the pictures have 50000000 pixels"),
+        ([bomb(300, 300)], 400, "is not a readable image"),
+        (["data:image/png;base64,!!!"], 400, "not valid base64"),
+        (["data:text/html,hello"], 400, "a data URL of a picture looks like"),
+        ([data_url()] * 9, 400, "9 pictures in one request; the limit is 8"),
+        (["ftp://x/y.png"], 400, "not ftp:"),
+        (["file:///etc/passwd"], 400, "not file:"),
+    ],
+)  # fmt: skip
+def test_pictures_beyond_the_limits_are_refused(urls: list[str], status: int, words: str, start: Start) -> None:
+    server = start(Parrot())
+    found, answer = post(server, json.dumps({"messages": asked("x", *urls)}).encode())
+    assert (found, words in answer["error"]["message"]) == (status, True), answer
+    assert alive(server)
+
+
+def test_a_picture_of_50_mb_is_refused_before_it_is_read(start: Start) -> None:
+    server = start(Parrot())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 68000000\r\n\r\n"
+        )
+        answer = raw.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"the limit is 30000000" in answer
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+    assert alive(server)
+
+
+def test_a_hundred_at_once_are_all_answered_one_at_a_time(start: Start) -> None:
+    parrot = Parrot()
+    server = start(parrot)
+    with ThreadPoolExecutor(100) as pool:
+        api = client(server, timeout=60)
+        wanted = [f"question {number}" for number in range(100)]
+        replies = pool.map(
+            lambda text: api.chat.completions.create(model="x", messages=asked(text, data_url())),  # type: ignore[arg-type]
+            wanted,
+        )
+        assert [reply.choices[0].message.content for reply in replies] == wanted
+    assert parrot.most == 1
+    assert len(parrot.heard) == 100
+
+
+def test_what_does_not_fit_is_told_to_come_back(start: Start) -> None:
+    """None is lost: each of the hundred is answered, or refused with the time to wait."""
+    hold = threading.Event()
+    server = start(Parrot(hold=hold), Limits(waiting=10))
+    with ThreadPoolExecutor(100) as pool:
+        jobs = [pool.submit(post, server, json.dumps({"messages": asked(str(n))}).encode()) for n in range(100)]
+        while sum(job.done() for job in jobs) < 80:
+            threading.Event().wait(0.05)
+        hold.set()
+        answers = [job.result() for job in jobs]
+    statuses = [status for status, _ in answers]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(200) >= 11
+    assert all("try again" in answer["error"]["message"] for status, answer in answers if status == 503)
+    assert alive(server)
+
+
+def test_bodies_that_wait_have_a_budget(start: Start) -> None:
+    hold = threading.Event()
+    server = start(Parrot(hold=hold), Limits(body_bytes=1000, waiting_bytes=1500))
+    body = json.dumps({"messages": asked("x" * 800)}).encode()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, server, body)
+        while not server.turns.waiting:
+            threading.Event().wait(0.02)
+        status, answer = post(server, body)
+        assert (status, "as it has memory for" in answer["error"]["message"]) == (503, True)
+        hold.set()
+        assert first.result()[0] == 200
+
+
+def test_a_client_that_says_nothing_is_let_go(start: Start) -> None:
+    server = start(Parrot(), Limits(idle_s=0.3))
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        assert raw.recv(100) == b""
+    assert alive(server)
+
+
+def test_a_client_that_goes_away_does_not_stop_the_others(start: Start) -> None:
+    hold = threading.Event()
+    server = start(Parrot(hold=hold))
+    body = json.dumps({"messages": asked("x" * 100_000), "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+        )  # fmt: skip
+        while not server.turns.waiting:
+            threading.Event().wait(0.02)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hold.set()
+    assert alive(server)
+
+
+def test_too_many_connections_are_closed(start: Start) -> None:
+    server = start(Parrot(), Limits(connections=3))
+    held = [socket.create_connection(("127.0.0.1", server.server_port), 10) for _ in range(3)]
+    threading.Event().wait(0.3)
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        assert raw.recv(10) == b""
+    for one in held:
+        one.close()
+    threading.Event().wait(0.3)
+    assert alive(server)
+
+
+def test_a_name_that_is_not_this_machines_is_not_answered(start: Start) -> None:
+    server = start(Parrot())
+    status, answer = post(server, b"{}", Host="evil.example:80")
+    assert (status, "localhost" in answer["error"]["message"]) == (403, True)
+
+
+def test_the_page_loads_nothing_from_elsewhere(start: Start) -> None:
+    server = start(Parrot())
+    for path in ("/", "/page.js", "/page.css"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        text = response.read().decode()
+        assert response.status == 200
+        assert "default-src 'none'" in (response.headers["Content-Security-Policy"] or "")
+        assert "http://" not in text
+        assert "https://" not in text
+    for path in ("/../pyproject.toml", "/static/page.html", "/%2e%2e/x"):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 404
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+
+
+def test_the_side_by_side_stream(start: Start) -> None:
+    server = start(Parrot())
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    body = json.dumps({"messages": asked("Hello")})
+    connection.request("POST", "/api/compare", body, {"Content-Type": "application/json"})
+    events = [json.loads(line[6:]) for line in io.StringIO(connection.getresponse().read().decode()) if line.strip()]
+    assert [event.get("text") for event in events] == ["", "Hello", None]
+    assert events[-1]["timings"]["ttft_ms"] == 1.0

@@ -1,0 +1,1 @@
+"""The local page and the OpenAI-compatible server for trying an export: one answer at a time, everything bounded."""

@@ -1,0 +1,186 @@
+"""The export behind the server: opened once, one answer at a time, by ONNX Runtime or llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vlmexport.engines import static_capacity
+from vlmexport.errors import BadInputError, VlmExportError
+from vlmexport.manifest import Artifact
+from vlmexport.model.json_files import read_json_if_there
+from vlmexport.runtime.generate import GGUF_LAYOUT, Timings, generate_steps
+from vlmexport.runtime.prompt import PromptBuilder
+from vlmexport.runtime.sampling import Sampling
+from vlmexport.runtime.text import TextStream
+from vlmexport.serve.refusal import RefusedError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmexport.runtime.protocol import ModelInputs, Runner
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One finished answer: `finish` is ``stop`` or ``length``."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    answer_tokens: int
+    timings: dict[str, float]
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts as OpenAI names them."""
+        total = self.prompt_tokens + self.answer_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.answer_tokens, "total_tokens": total}
+
+
+class Engine(Protocol):
+    """What answers a chat."""
+
+    def speak(
+        self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
+    ) -> Spoken:
+        """Answer; `on_text` gets the text as it comes. Raises `RefusedError` for a chat that the model cannot take."""
+
+
+class OnnxEngine:
+    """An export of ONNX graphs, or any other `Runner` with its processor."""
+
+    def __init__(self, runner: Runner, builder: PromptBuilder, capacity: int | None) -> None:
+        self.runner, self.builder, self.capacity = runner, builder, capacity
+
+    def speak(
+        self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
+    ) -> Spoken:
+        """See `Engine.speak`."""
+        inputs = self.inputs(messages, pictures)
+        count = int(inputs.input_ids.shape[1])
+        fitted = _fitted(sampling, count, self.capacity)
+        timings = Timings()
+        steps = generate_steps(self.runner, [inputs], fitted, timings)
+        return _spoken(_tokens(steps), TextStream(self.builder.tokenizer, sampling.stop), on_text, count, timings)
+
+    def inputs(self, messages: Messages, pictures: Sequence[Image]) -> ModelInputs:
+        """The chat as the model takes it. Raises `RefusedError` where its template or processor refuses it."""
+        from jinja2 import TemplateError
+
+        try:
+            if getattr(self.builder.processor, "chat_template", None):
+                return self.builder.encode(self.builder.render(messages), list(pictures))
+            return self.builder.build(list(pictures), _only_text(messages))
+        except (BadInputError, TemplateError, ValueError, TypeError, IndexError) as error:
+            raise RefusedError(
+                400, f"the model's chat template or processor refuses this: {error}", "messages"
+            ) from error
+
+
+class GgufEngine:
+    """A GGUF export in llama.cpp."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        from vlmexport.runtime.llamacpp.export import SMALLEST_CONTEXT, open_runner
+        from vlmexport.runtime.llamacpp.prompt import prompt_builder
+
+        self.runner = open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT)
+        self.builder = prompt_builder(artifact.path)
+        self.capacity = positions(artifact.path)
+
+    def speak(
+        self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
+    ) -> Spoken:
+        """See `Engine.speak`."""
+        from vlmexport.runtime.llamacpp.prompt import marked_prompt
+
+        try:
+            text = marked_prompt(self.builder, messages, len(pictures), self.runner.marker)
+            cut = self.runner.prompt(text, list(pictures))
+        except BadInputError as error:
+            raise RefusedError(400, str(error), "messages") from error
+        count = len(cut.ids)
+        fitted = _fitted(sampling, count, self.capacity)
+        self.runner.reserve(count + fitted.max_new_tokens)
+        timings = Timings()
+        tokens = self.runner.generate(cut, fitted, timings)
+        return _spoken(
+            _ended(tokens, fitted), TextStream(self.builder.tokenizer, sampling.stop), on_text, count, timings
+        )
+
+
+def open_engine(artifact: Artifact, threads: int = 0) -> Engine:
+    """The engine of an export, its graphs open."""
+    if artifact.manifest.layout == GGUF_LAYOUT:
+        return GgufEngine(artifact, threads)
+    from vlmexport.runtime.ort import OnnxRunner
+
+    runner = OnnxRunner(artifact, threads=threads)
+    runner.load()
+    capacity = static_capacity(artifact.manifest.model) or positions(artifact.path)
+    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity)
+
+
+def positions(folder: Path) -> int | None:
+    """How many positions the model in `folder` has, by its config; None where that does not say."""
+    config = read_json_if_there(folder / "config.json")
+    text = config.get("text_config", config)
+    found = text.get("max_position_embeddings")
+    return int(found) if found else None
+
+
+def _fitted(sampling: Sampling, prompt_tokens: int, capacity: int | None) -> Sampling:
+    if capacity is None:
+        return sampling
+    if prompt_tokens >= capacity:
+        raise RefusedError(
+            400, f"the prompt has {prompt_tokens} tokens; this model has {capacity} positions", "messages"
+        )
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, capacity - prompt_tokens))
+
+
+def _tokens(steps: Iterator[list[int | None]]) -> Iterator[int | None]:
+    for (token,) in steps:
+        yield token
+
+
+def _ended(tokens: Iterator[int], sampling: Sampling) -> Iterator[int | None]:
+    """`tokens`, and None where the model ended the answer itself."""
+    count = 0
+    for token in tokens:
+        count += 1
+        yield token
+    if count < sampling.max_new_tokens:
+        yield None
+
+
+def _spoken(
+    tokens: Iterator[int | None], stream: TextStream, on_text: Callable[[str], None], count: int, timings: Timings
+) -> Spoken:
+    taken, finish = 0, "length"
+    try:
+        for token in tokens:
+            if token is None:
+                finish = "stop"
+                break
+            taken += 1
+            if new := stream.push(token):
+                on_text(new)
+            if stream.stopped:
+                finish = "stop"
+                break
+    except VlmExportError as error:
+        raise RefusedError(500, f"the export does not answer: {error}") from error
+    if rest := stream.finish():
+        on_text(rest)
+    return Spoken(stream.text, finish, count, taken, timings.to_dict())
+
+
+def _only_text(messages: Messages) -> str:
+    """The texts of a chat for a model without a chat template."""
+    return "\n".join(part["text"] for message in messages for part in message["content"] if part["type"] == "text")

@@ -1,0 +1,30 @@
+"""What the server takes: sizes, counts and times. Everything that a request can grow has a limit here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one server.
+
+    `body_bytes` of one request and `waiting_bytes` of all that are read or waiting; `image_bytes` of a picture file,
+    `pixels` of all pictures of a request together, `images` of a request. `waiting`: requests that wait for their turn;
+    `wait_s`: how long. `fetch_s`: for a picture from a remote address, all of it. `idle_s`: for a client that sends
+    nothing. `connections` at once. `new_tokens`: the longest answer.
+    """
+
+    body_bytes: int = 30 * _MB
+    waiting_bytes: int = 250 * _MB
+    image_bytes: int = 20 * _MB
+    pixels: int = 40 * _MB
+    images: int = 8
+    waiting: int = 128
+    wait_s: float = 600.0
+    fetch_s: float = 10.0
+    idle_s: float = 30.0
+    connections: int = 256
+    new_tokens: int = 4096

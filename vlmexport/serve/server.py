@@ -1,0 +1,275 @@
+"""The HTTP server: the page, ``/v1/chat/completions`` and ``/v1/models``. Standard library, a thread for each client.
+
+What is bounded: connections, time of a silent client, size of a body, bytes and number of requests that wait, and what
+a picture may be (`Limits`). One answer is made at a time. Only names of this machine are answered where the server
+listens on it alone: a page elsewhere cannot reach it through a name of its own (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from typing import Any
+
+from vlmexport.serve.chat import ChatRequest, Reply, parse_request
+from vlmexport.serve.compare import Original
+from vlmexport.serve.engine import Engine
+from vlmexport.serve.limits import Limits
+from vlmexport.serve.pictures import decoded, picture_files
+from vlmexport.serve.refusal import RefusedError
+from vlmexport.serve.turns import Turns
+
+_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the server serves: an engine under a name, and the original beside it (None: not asked for)."""
+
+    name: str
+    engine: Engine
+    facts: dict[str, Any]
+    original: Original | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+class Server(ThreadingHTTPServer):
+    """Listens at once; `serve_forever` answers. Port 0 takes a free one (`server_port`)."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, address: tuple[str, int], service: Service) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.service = service
+        self.turns = Turns(service.limits)
+        self.local = address[0] in _LOCAL
+        self._free = threading.BoundedSemaphore(service.limits.connections)
+        super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the client, or none where there are too many."""
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The client's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no error of the server."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "vlmexport"
+    sys_version = ""
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(self.server.service.limits.idle_s)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: what is asked is the user's."""
+
+    def do_GET(self) -> None:
+        self._guarded(self._get)
+
+    def do_POST(self) -> None:
+        self._guarded(self._post)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            self._check_host()
+            work()
+        except RefusedError as refusal:
+            self._refuse(refusal)
+
+    def _check_host(self) -> None:
+        host = self.headers.get("Host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self.server.local and name.lower() not in _LOCAL:
+            raise RefusedError(403, f"this server answers to localhost, not to {name!r}")
+
+    def _get(self) -> None:
+        path = self.path.partition("?")[0]
+        if path in _FILES:
+            name, kind = _FILES[path]
+            self._send(200, resources.files("vlmexport.serve").joinpath("static", name).read_bytes(), kind)
+        elif path == "/v1/models":
+            model = {"id": self.server.service.name, "object": "model", "created": 0, "owned_by": "vlmexport"}
+            self._json(200, {"object": "list", "data": [model]})
+        elif path == "/health":
+            self._json(200, {"status": "ok", "waiting": self.server.turns.waiting})
+        elif path == "/api/info":
+            compares = self.server.service.original is not None
+            self._json(200, {"name": self.server.service.name, "compares": compares, **self.server.service.facts})
+        else:
+            raise RefusedError(404, f"there is no {path} here")
+
+    def _post(self) -> None:
+        path = self.path.partition("?")[0]
+        if path not in ("/v1/chat/completions", "/api/compare"):
+            raise RefusedError(404, f"there is no {path} here")
+        length = self._length()
+        with self.server.turns.room_for(length):
+            request = parse_request(self._body(length), self.server.service.limits)
+            files = picture_files(request.urls, self.server.service.allowed_hosts, self.server.service.limits)
+            with self.server.turns.turn():
+                answer = self._complete if path == "/v1/chat/completions" else self._compare
+                answer(request, files)
+
+    def _length(self) -> int:
+        if self.headers.get_content_type() != "application/json":
+            raise RefusedError(415, "the body must be application/json")
+        text, limit = self.headers.get("Content-Length", ""), self.server.service.limits.body_bytes
+        if not text.isdigit():
+            raise RefusedError(411, "the request has no Content-Length")
+        if int(text) > limit:
+            raise RefusedError(413, f"the body has {text} bytes; the limit is {limit}")
+        return int(text)
+
+    def _body(self, length: int) -> Any:
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise ConnectionAbortedError
+        try:
+            return json.loads(data)
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise RefusedError(400, f"the body is not valid JSON: {error}") from error
+
+    def _complete(self, request: ChatRequest, files: tuple[bytes, ...]) -> None:
+        service, pictures = self.server.service, decoded(files)
+        reply = Reply.of(service.name)
+        if not request.stream:
+            spoken = service.engine.speak(request.messages, pictures, request.sampling, lambda text: None)
+            self._json(200, reply.whole(spoken.text, spoken.finish, spoken.usage))
+            return
+        events = _Events(self, lambda: reply.chunk({"role": "assistant", "content": ""}))
+        try:
+            spoken = service.engine.speak(
+                request.messages, pictures, request.sampling, lambda text: events.send(reply.chunk({"content": text}))
+            )
+        except RefusedError as refusal:
+            if not events.begun:
+                raise
+            events.send(refusal.to_dict())
+            events.end()
+            return
+        events.send(reply.chunk({}, spoken.finish))
+        if request.usage_in_stream:
+            events.send(reply.usage(spoken.usage))
+        events.end("[DONE]")
+
+    def _compare(self, request: ChatRequest, files: tuple[bytes, ...]) -> None:
+        """Events ``{"side", "text"}`` while answers come, ``{"side", "timings"}`` after each, then ``{"parts"}``."""
+        service, pictures = self.server.service, decoded(files)
+        events = _Events(self, lambda: {"side": "export", "text": ""})
+        sides: list[tuple[str, Any]] = [("export", service.engine)]
+        if service.original is not None:
+            sides.append(("original", service.original))
+        try:
+            for side, speaker in sides:
+                if speaker is service.original and (why := service.original.why_not()):
+                    events.send({"side": side, "error": why})
+                    break
+                tell = _tell(events, side)
+                spoken = speaker.speak(request.messages, pictures, request.sampling, tell)
+                events.send({"side": side, "timings": spoken.timings, "finish": spoken.finish, **spoken.usage})
+            else:
+                if service.original is not None:
+                    parts = service.original.differences(service.engine, request.messages, pictures)
+                    events.send({"parts": [asdict(part) for part in parts]})
+        except RefusedError as refusal:
+            if not events.begun:
+                raise
+            events.send({"error": refusal.message})
+        events.end()
+
+    def _refuse(self, refusal: RefusedError) -> None:
+        self.close_connection = True  # what is left of the body is not read
+        headers = {"Retry-After": str(refusal.retry_s)} if refusal.retry_s else {}
+        self._json(refusal.status, refusal.to_dict(), headers)
+
+    def _json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        self._send(status, json.dumps(body).encode(), "application/json", headers)
+
+    def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(HTTPStatus(status))
+        self.common_headers(kind)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def common_headers(self, kind: str) -> None:
+        """Of every answer: its type, and that a browser may load nothing from elsewhere for it."""
+        self.send_header("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind)
+        self.send_header("Content-Security-Policy", _POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Cache-Control", "no-store")
+
+
+class _Events:
+    """Server-sent events in HTTP chunks; the headers go out with the first, so that a refusal can come before it."""
+
+    def __init__(self, handler: _Handler, first: Callable[[], dict[str, Any]]) -> None:
+        self._handler, self._first = handler, first
+        self.begun = False
+
+    def send(self, data: dict[str, Any]) -> None:
+        """One event."""
+        if not self.begun:
+            self.begun = True
+            handler = self._handler
+            handler.send_response(HTTPStatus.OK)
+            handler.common_headers("text/event-stream")
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            self.send(self._first())
+        self._line(json.dumps(data))
+
+    def end(self, last: str = "") -> None:
+        """The end of the stream, after the line `last`."""
+        if last:
+            self._line(last)
+        self._handler.wfile.write(b"0\r\n\r\n")
+
+    def _line(self, text: str) -> None:
+        event = f"data: {text}\n\n".encode()
+        self._handler.wfile.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
+
+
+def _tell(events: _Events, side: str) -> Callable[[str], None]:
+    return lambda text: events.send({"side": side, "text": text})
