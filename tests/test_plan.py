@@ -221,12 +221,3 @@ def test_an_int8_cache_is_refused_with_the_reason() -> None:
         check_options(OnnxOptions(kv_cache="int8", attention="standard"), CPU)
     with pytest.raises(BadInputError, match=r"target cuda has no int8 KV cache .* choose --kv-cache same"):
         check_options(OnnxOptions(target="cuda", kv_cache="int8"), load_target("cuda"))
-
-
-def test_packed_experts_are_refused_with_the_reason(tmp_path: Path) -> None:
-    from vlmexport.errors import UnsupportedModelError
-
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    vlm = load_vlm(str(make_tiny("llava", tmp_path / "moe", text_type="mixtral", text=experts)))
-    with pytest.raises(UnsupportedModelError, match=r"no ONNX form yet \(.*experts.gate_up_proj holds 4 experts\)"):
-        plan_export(vlm, split_model(vlm), CPU, OnnxOptions())

@@ -122,6 +122,9 @@ def text_decoder(model: PreTrainedModel) -> Any:
         if decoder.get_output_embeddings() is None and not decoder.config.is_encoder_decoder:
             break
         decoder = inner
+    within = [child for child in decoder.children() if hasattr(child, "get_output_embeddings")]
+    if decoder.get_output_embeddings() is not None and len(within) == 1:
+        return within[0]  # a causal model that takes itself for its decoder
     return decoder
 
 

@@ -104,9 +104,17 @@ def _arguments(family: str, seen: _SeenError, inputs: Mapping[str, torch.Tensor]
 def feature_rows(output: Any, deepstack_layers: int) -> torch.Tensor:
     """Rows ``[image_tokens, (1 + deepstack_layers) * hidden]`` of what ``get_image_features`` returned.
 
+    Raises `UnsupportedModelError` where it gives none.
+
     The first `hidden` values of a row replace the embedding; each further `hidden` are for one early decoder layer.
     """
-    rows = [_joined(getattr(output, "pooler_output", output))]
+    features = getattr(output, "pooler_output", output)
+    if features is None:
+        raise UnsupportedModelError(
+            f"{_FUNCTION} gives hidden states that the model itself projects afterwards, and no features; such models "
+            "cannot be cut yet"
+        )
+    rows = [_joined(features)]
     if deepstack_layers:
         rows += [_joined(level) for level in output.deepstack_features[:deepstack_layers]]
     return torch.cat(rows, dim=1)

@@ -116,7 +116,13 @@ def find_masks(
     Raises `UnsupportedModelError` naming the family and the first layer or mask that is neither causal nor follows from
     the prompt's blocks.
     """
-    family = vlm.facts.model_type
+    family, decoder = vlm.facts.model_type, part.decoder
+    config: Any = decoder.config
+    if chunk := getattr(config.get_text_config(), "attention_chunk_size", None):
+        # Prompts of examples may be shorter than a chunk, so their masks do not show it.
+        raise UnsupportedModelError(
+            f"{family}: layers of its decoder see chunks of {chunk} tokens, which no form of attention has yet"
+        )
     given = [_given(call) for call in calls]
     named = _filled(given[0], calls[0], ())
     looked = _look(part, dataclasses.replace(calls[0], kwargs=calls[0].kwargs | _argument(named)))
