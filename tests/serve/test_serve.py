@@ -21,6 +21,7 @@ from vlmexport.errors import BadInputError
 from vlmexport.manifest import open_artifact
 from vlmexport.plan import OnnxOptions
 from vlmexport.quantize.scheme import make_scheme
+from vlmexport.runtime.sampling import Sampling
 from vlmexport.serve.production import production_lines
 from vlmexport.serve.server import Server
 
@@ -53,7 +54,7 @@ def test_an_answer_about_a_picture_is_streamed(server: Server, export: Path) -> 
     stream = client.chat.completions.create(model="demo-int4", messages=chat(), stream=True)  # type: ignore[call-overload]
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
     question = demo_questions()[0]
-    wanted = api.answer_prompt(export, [question.image], question.question)
+    wanted = api.answer_prompt(export, [question.image], question.question, Sampling(), lambda text: None)
     assert len(pieces) > 3
     assert "".join(pieces) == wanted.text
     assert wanted.text in question.answers
