@@ -215,3 +215,14 @@ def test_a_class_that_is_no_wrapper_is_left_to_transformers(tmp_path: Path) -> N
     for name in ("Gemma3ForConditionalGeneration", "Gemma3Model", "NoSuchClass", "PaliGemmaModel"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "architectures": [name]}))
         assert wrapping_class(tmp_path) is None
+
+
+def test_features_at_a_mask_of_the_processor_are_refused(tmp_path: Path) -> None:
+    """Kosmos-2 puts features where a mask says, over tokens of any id; there is no form for that yet."""
+    text = {"vocab_size": 320, "embed_dim": 64, "layers": 1, "ffn_dim": 64, "attention_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = transformers.Kosmos2Config(text_config=text, vision_config=vision, latent_query_num=4)
+    transformers.Kosmos2ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="kosmos-2: the config has no image token id"):
+        load_vlm(str(tmp_path))

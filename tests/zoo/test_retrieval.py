@@ -20,11 +20,13 @@ from tests.zoo.proof import FLOATS, Zooed, export, relative
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.manifest import open_artifact
 from vlmexport.model.load import load_vlm
-from vlmexport.model.retrieval import retrieval_class
+from vlmexport.model.retrieval import embedding_head, retrieval_class
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.retrieval import RetrievalRunner
 from vlmexport.split.capture import split_model
+from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.retrieval import RetrievalPart
 
 WIDTH, LIMIT = 24, 1e-4
 _NAMES = ("<|endoftext|>", "<|im_end|>", "<image>")
@@ -117,3 +119,17 @@ def test_a_class_that_writes_text_is_no_retrieval_class(tmp_path: Path) -> None:
     for kind, name in (("gemma3", "Gemma3ForConditionalGeneration"), ("colpali", "NoSuchClass"), ("llama", "Llama")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
         assert retrieval_class(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_embeddings_that_are_not_normed_are_refused(zooed: Zooed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RetrievalPart, "logits", DecoderPart.logits)
+    with pytest.raises(UnsupportedModelError, match="colpali: the replayed decoder and LM head differ"):
+        split_model(zooed.vlm, zooed.examples)
+
+
+def test_a_model_that_writes_text_has_no_embedding_layer() -> None:
+    """An LM head beside a whole model is no embedding layer."""
+    inner: Any = gemma._paligemma(2, "paligemma")
+    assert embedding_head(inner) is None
+    assert embedding_head(transformers.ColPaliForRetrieval(transformers.ColPaliConfig(vlm_config=inner.config)))

@@ -25,7 +25,9 @@ def retrieval_class(path: Path) -> Any:
     found: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
     kind: Any = getattr(found, "config_class", None)
     model_type = str(config.get("model_type"))
-    if kind is None or kind.model_type != model_type or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or getattr(kind, "model_type", None) != model_type:
+        return None
+    if issubclass(found, transformers.GenerationMixin) or not kind.sub_configs_defaults:
         return None
     with torch.device("meta"):
         empty = found(kind.from_pretrained(path, local_files_only=True))

@@ -27,7 +27,9 @@ def wrapping_class(path: Path) -> Any:
         return None
     found: Any = getattr(transformers, name, None)
     kind: Any = getattr(found, "config_class", None)
-    if kind is None or kind.model_type != config.get("model_type"):
+    if getattr(kind, "model_type", None) != config.get("model_type") or not kind.sub_configs_defaults:
+        return None
+    if issubclass(found, transformers.GenerationMixin):
         return None
     with torch.device("meta"):
         empty = found(kind.from_pretrained(path, local_files_only=True))
