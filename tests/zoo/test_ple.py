@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.zoo import ple
 from tests.zoo.measure import largest
 from tests.zoo.proof import FLOATS, Zooed, export, relative
-from vlmexport.errors import BadInputError, UnsupportedModelError
+from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.model.kv import LayerKV
 from vlmexport.model.load import load_vlm
 from vlmexport.model.per_token import PER_LAYER
@@ -30,6 +33,8 @@ from vlmexport.split.parts import Role
 from vlmexport.split.per_layer import TokenTables, token_tables
 from vlmexport.split.sharing import SharedKeys, find_sources
 from vlmexport.target import load_target
+from vlmexport.trt_options import TrtOptions, trt_onnx_options
+from vlmexport.trt_plan import plan_trt
 
 LIMIT = 1e-4
 STEPS = 8
@@ -149,6 +154,23 @@ def _tables_are_the_models(zooed: Zooed, ours: OnnxRunner, theirs: TorchRunner) 
     image = zooed.vlm.facts.image_token_id
     np.testing.assert_array_equal(found[:, image], found[:, 0])
     assert np.abs(found[:, image + 1] - found[:, 0]).max() > 0.1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_gemma_3n_is_refused_without_timm(tmp_path: Path) -> None:
+    """Its vision tower is timm's; nothing of it was proven."""
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotPossibleHereError, match="requires the timm library"):
+        load_vlm(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_tensorrt_is_refused_before_any_work(zooed: Zooed) -> None:
+    options = TrtOptions(trt_onnx_options(None), "a100", max_seq=512)
+    with pytest.raises(UnsupportedModelError, match=PER_LAYER):
+        plan_trt(zooed.vlm, zooed.split, options, None)
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     axes = part.position_axes
     rotary = find_rotary(decoder, list(layers), axes) if fuse_rotary else None
     deepstack, inputs = _Deepstack(), _trace_inputs(part)
+    named = {id(module): name for name, module in model.named_modules()}  # before layers are left out
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
         stack.enter_context(_neutral_attention(decoder, sources, part.cross))
@@ -84,7 +85,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         if stateful := [layers[i] for i in indices if part.kv is not None and part.kv.states_of(i)]:
             stack.enter_context(traced_states(stateful))
         trunk = _Trunk(decoder, deepstack) if part.cross is None else CrossTrunk(decoder, part.cross)
-        graph = _export(model, trunk, inputs)
+        graph = _export(named, trunk, inputs)
     every = zip(paths, layers, strict=True)
     buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
     return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross)
@@ -270,21 +271,21 @@ def _trace_inputs(part: DecoderPart) -> _TraceInputs:
     return inputs
 
 
-def _export(model: nn.Module, trunk: _Trunk | CrossTrunk, inputs: _TraceInputs) -> ir.Graph:
+def _export(paths: Mapping[int, str], trunk: _Trunk | CrossTrunk, inputs: _TraceInputs) -> ir.Graph:
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     shapes = {name: {axis: batch, axis + 1: length} for name, axis in inputs.batch_axes.items()}
     with quiet_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(
             trunk, kwargs=inputs.tensors, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
         )
-        _name_weights(program.model.graph, model, trunk.decoder)
+        _name_weights(program.model.graph, paths, trunk.decoder)
         program.optimize()
     graph: ir.Graph = program.model.graph
     return graph
 
 
-def _name_weights(graph: ir.Graph, model: nn.Module, decoder: nn.Module) -> None:
-    paths = {id(module): path for path, module in model.named_modules()}
+def _name_weights(graph: ir.Graph, paths: Mapping[int, str], decoder: nn.Module) -> None:
+    """Make the weights that `graph` reads inputs, by whole-model name; `paths` are those of modules, by identity."""
     repeated = {id(module) for layer in find_layers(decoder)[1] for module in layer.modules()}
     own = {
         f"decoder.{local}.{name}" if local else f"decoder.{name}": f"{paths[id(module)]}.{name}"
