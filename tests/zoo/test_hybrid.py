@@ -40,6 +40,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 FAMILIES = [
     pytest.param("lfm2_vl", marks=pytest.mark.slow),
     pytest.param("qwen3_5", marks=[pytest.mark.slow, pytest.mark.family]),
+    pytest.param("lfm3_vl", marks=[pytest.mark.slow, pytest.mark.family]),
 ]
 
 
@@ -162,7 +163,7 @@ def test_alike_layers_are_repeated(zooed: Zooed) -> None:
     part = zooed.split.parts[Role.DECODER].module
     assert isinstance(part, DecoderPart)
     kinds = proven_kinds(part.decoder, find_layers(part.decoder)[1])
-    assert kinds == ((0, 1, 0) if zooed.vlm.facts.model_type == "lfm2_vl" else (0, 0, 2, 0))
+    assert kinds == {"lfm2_vl": (0, 1, 0), "qwen3_5": (0, 0, 2, 0), "lfm3_vl": (0, 1, 0, 3)}[zooed.vlm.facts.model_type]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from vlmexport.errors import BadInputError
 Array = NDArray[Any]
 PIXELS, SIZES = "pixel_values", "image_sizes"
 GRIDS, PATCH_MASK = "spatial_shapes", "pixel_attention_mask"
+FRAMED = "image_grid_thw"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class EachPicture:
     """The tower takes ``pixel_values`` ``[1, channels, height, width]``; features are joined along `axis`.
 
     `patches`: the processor gives rows of patches ``[pictures, patches, values]`` with their ``spatial_shapes`` (rows,
-    columns), which the tower takes as ``[1, values, rows, columns]``; features are joined as rows ``[rows, width]``.
+    columns), or the patches of all ``[patches, values]`` with ``image_grid_thw`` (1, rows, columns); the tower takes
+    those of one as ``[1, values, rows, columns]``, in their order. Features are joined as rows ``[rows, width]``.
     """
 
     axis: int
@@ -29,6 +31,8 @@ class EachPicture:
 
     def pictures(self, pixel_inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
         """The tower's inputs, one for each picture, without the padding beyond its size or its grid."""
+        if self.patches and FRAMED in pixel_inputs:
+            return _framed(pixel_inputs[PIXELS], pixel_inputs[FRAMED].tolist())
         named = GRIDS if self.patches else SIZES
         pixels, sizes = pixel_inputs[PIXELS], pixel_inputs[named].tolist()
         if len(pixels) != len(sizes):
@@ -49,3 +53,13 @@ def _grid(patches: Array, rows: int, columns: int) -> Array:
     if rows * columns > len(patches):
         raise BadInputError(f"{GRIDS} has a picture of {rows} x {columns} patches, {PIXELS} {len(patches)} of each")
     return patches[: rows * columns].T.reshape(1, -1, rows, columns)
+
+
+def _framed(pixels: Array, sizes: list[list[int]]) -> list[dict[str, Array]]:
+    """The pictures among the patches ``[patches, values]`` of all."""
+    total = sum(frames * rows * columns for frames, rows, columns in sizes)
+    if total != len(pixels) or any(frames != 1 for frames, _, _ in sizes):
+        raise BadInputError(f"{PIXELS} holds {len(pixels)} patches, {FRAMED} {sizes}; expected as many, in one frame")
+    ends = np.cumsum([rows * columns for _, rows, columns in sizes])[:-1]
+    cut = np.split(pixels, ends)
+    return [{PIXELS: _grid(part, rows, columns)} for part, (_, rows, columns) in zip(cut, sizes, strict=True)]

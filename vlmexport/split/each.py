@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmexport.model.pictures import GRIDS, PIXELS, SIZES, EachPicture
+from vlmexport.model.pictures import FRAMED, GRIDS, PIXELS, SIZES, EachPicture
 from vlmexport.split.features import FeatureCall
+from vlmexport.split.looped import looped_pictures, loops_over_grids, one_looped
 from vlmexport.split.patches import grids, one_grid, takes_patches
 
 Example = dict[str, torch.Tensor]
@@ -23,9 +24,9 @@ Example = dict[str, torch.Tensor]
 def takes_sizes(ask: FeatureCall, example: Mapping[str, torch.Tensor]) -> bool:
     """Is the model given pictures ``[pictures, channels, height, width]`` with their sizes, and nothing else?
 
-    Or their patches with their grids, see `patches.takes_patches`.
+    Or their patches with their grids, see `patches.takes_patches` and `looped.loops_over_grids`.
     """
-    if takes_patches(ask, example):
+    if takes_patches(ask, example) or loops_over_grids(ask, example):
         return True
     return ask.arguments.keys() == {PIXELS, SIZES} and example[PIXELS].ndim == len("NCHW")
 
@@ -34,6 +35,8 @@ def for_one_picture(ask: FeatureCall) -> FeatureCall:
     """`ask` for one picture without padding: its size is that of its pixels."""
     if GRIDS in ask.arguments:
         return one_grid(ask)
+    if FRAMED in ask.arguments:
+        return one_looped(ask)
 
     def function(_owner: Any, **inputs: torch.Tensor) -> Any:
         size = tuple(inputs[ask.arguments[PIXELS]].shape[-2:])
@@ -47,6 +50,8 @@ def single_pictures(example: Mapping[str, torch.Tensor]) -> tuple[Example, ...]:
     """The pictures of `example`, each without its padding."""
     if GRIDS in example:
         return grids(example)
+    if FRAMED in example:
+        return looped_pictures(example)
     sizes = example[SIZES].tolist()
     return tuple({PIXELS: example[PIXELS][i : i + 1, :, :h, :w].contiguous()} for i, (h, w) in enumerate(sizes))
 

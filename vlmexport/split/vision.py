@@ -12,7 +12,7 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.manifest import TensorSpec
 from vlmexport.model.anyres import AnyRes
-from vlmexport.model.pictures import GRIDS, EachPicture
+from vlmexport.model.pictures import SIZES, EachPicture
 from vlmexport.split.axes import dynamic_dims
 from vlmexport.split.decoder import text_decoder
 from vlmexport.split.deepstack import deepstack_seen
@@ -163,9 +163,9 @@ def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tupl
     """`split_vision` for a tower that is run for one picture at a time, and a projector of all pictures' features."""
     one, pictures = for_one_picture(ask), tuple(single_pictures(example) for example in pixels)
     every = tuple(picture for example in pictures for picture in example)
-    projector, calls = _projector_of_each(vlm, one, every, rows=GRIDS in ask.arguments)
+    projector, calls = _projector_of_each(vlm, one, every, rows=SIZES not in ask.arguments)
     tensors = [call.tensors[0] for call in calls]
-    how = joining(tensors, patches=GRIDS in ask.arguments)
+    how = joining(tensors, patches=SIZES not in ask.arguments)
     if how is None or len(calls[0].tensors) != 1:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: what its image encoder makes of single pictures cannot be joined for the "
