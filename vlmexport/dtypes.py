@@ -118,6 +118,8 @@ def _check_fixed(options: OnnxOptions) -> None:
     for value, only, flag in fixed:
         if value != only:
             raise BadInputError(f"{flag} {value}: transformers.js runs only {flag} {only}")
+    if options.preprocessor:
+        raise BadInputError("--with-preprocessor: transformers.js prepares pictures by itself")
     given = (("--encoder-dtype", options.encoder_dtype), ("--decoder-dtype", options.decoder_dtype))
     for flag, named in given:
         if named is not None:
