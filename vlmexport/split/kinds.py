@@ -102,7 +102,7 @@ class _Watch:
     def _call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         settings, self.settings = self.settings, []
         names = list(inspect.signature(type(layer).forward).parameters)[1:]
-        given = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **dict(zip(names, args, strict=False)), **kwargs}
         own = {0, names[0], PER_LAYER_ARGUMENT} | {i for i, _ in enumerate(args) if i < len(names)}
         leaves, spec = pytree.tree_flatten({name: value for name, value in given.items() if name not in own})
         return _Call(leaves, spec, settings)
