@@ -110,15 +110,24 @@ def _changed_model(path: Path, settings: SessionSettings) -> bytes:
 def _make_exact(model: Any) -> None:
     """Take the rounding of activations out of the ModelProto.
 
-    INT8 products become float ones, and every MatMulNBits gets accuracy level 0: force_fp32 alone reaches only
-    the 4-bit kernels.
+    INT8 products become float ones, and every MatMulNBits, those of experts' branches too, gets accuracy level 0:
+    force_fp32 alone reaches only the 4-bit kernels.
     """
     with_float_products(model)
-    for node in model.graph.node:
+    for node in _nodes(model.graph):
         if node.op_type == "MatMulNBits":
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of a GraphProto and of the graphs inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 @contextmanager
