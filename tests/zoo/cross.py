@@ -53,6 +53,47 @@ def _florence2_examples(vlm: VLM) -> tuple[Example, ...]:
     return _prompts(vlm, tuple({"pixel_values": _noise(n, 3, 64, 64, seed=n)} for n in (2, 1, 3)))
 
 
+def _make_mllama(folder: Path) -> Path:
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    tokenizer = byte_level_tokenizer(_SPECIAL, VOCAB)
+    text = {
+        "hidden_size": HIDDEN, "intermediate_size": 192, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": VOCAB, "cross_attention_layers": [1, 3], "pad_token_id": 0,
+        "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_global_layers": 1,
+        "attention_heads": 2, "image_size": 32, "patch_size": 16, "vision_output_dim": 192, "max_num_tiles": 4,
+        "intermediate_layers_indices": [0, 2], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1], [2, 2]],
+    }  # fmt: skip
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB)
+    return save_tiny(MllamaForConditionalGeneration(config), tokenizer, dict(STATISTICS), folder, "", 0)
+
+
+def _mllama_examples(vlm: VLM) -> tuple[Example, ...]:
+    """Pictures of so many tiles; the text before the first sees none, the text behind each all of its tiles."""
+    generator, examples, token = torch.Generator().manual_seed(1), [], vlm.facts.image_token_id
+    for index, tiles in enumerate(((2, 4), (1,), (3, 1, 2))):
+        pieces, ratios = [], torch.tensor([[1, 2, 3, 4][t - 1] for t in tiles])[None]
+        pixels, there = torch.zeros(1, len(tiles), 4, 3, 32, 32), torch.zeros(1, len(tiles), 4, dtype=torch.int64)
+        for place, count in enumerate(tiles):
+            pieces += [torch.randint(10, VOCAB - 60, (3 + index,), generator=generator), torch.tensor([token])]
+            pixels[0, place, :count] = _noise(count, 3, 32, 32, seed=10 * index + place)
+            there[0, place, :count] = 1
+        ids = torch.cat([*pieces, torch.randint(10, VOCAB - 60, (5,), generator=generator)])[None]
+        mask = torch.zeros(1, ids.shape[1], len(tiles), 4, dtype=torch.int64)
+        for place, start in enumerate((ids[0] == token).nonzero()[:, 0].tolist()):
+            mask[0, start:, place] = there[0, place]
+        examples.append({
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+            "aspect_ratio_ids": ratios, "aspect_ratio_mask": there, "cross_attention_mask": mask,
+        })  # fmt: skip
+    return tuple(examples)
+
+
 ENTRIES: dict[str, Entry] = {
     "florence2": Entry(_make_florence2, _florence2_examples),
+    "mllama": Entry(_make_mllama, _mllama_examples),
 }

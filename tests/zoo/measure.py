@@ -23,6 +23,7 @@ from vlmexport.gguf_plan import plan_gguf
 from vlmexport.lower.onnx import decoder
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
 from vlmexport.manifest import Artifact
+from vlmexport.model.cross import STATES
 from vlmexport.model.load import VLM
 from vlmexport.plan import OnnxOptions
 from vlmexport.quantize.scheme import make_scheme
@@ -169,7 +170,10 @@ def compared(zooed: Zooed, ours: OnnxRunner, theirs: TorchRunner) -> float:
         item = ModelInputs(example["input_ids"].numpy(), pixels)
         (found, _), (wanted, mask) = (merged_inputs(runner, [item]) for runner in (ours, theirs))
         images = item.input_ids == zooed.split.merge.image_token_id
-        worst = max(worst, relative(found.embeds[images], wanted.embeds[images]))
+        pairs = [(found.embeds[images], wanted.embeds[images])]
+        if zooed.split.merge.place == "cross_attention":  # image tokens are text; the pictures are beside it
+            pairs = [(found.extras[STATES], wanted.extras[STATES])]
+        worst = max(worst, *(relative(one, other) for one, other in pairs))
         (reference, cache), (logits, past) = (wanted.prefill(runner, mask, 0) for runner in (theirs, ours))
         worst = max(worst, relative(logits, reference))
         for _ in range(STEPS):

@@ -36,6 +36,8 @@ def place_features(spec: MergeSpec, inputs_embeds: Array, input_ids: Ids, image_
     The result has the wider of the two dtypes; of a feature row, its first ``hidden`` values. Raises `BadInputError`
     when the numbers of image tokens and of feature rows differ, or their width is wrong, naming both.
     """
+    if spec.place == "cross_attention":
+        return inputs_embeds
     places, fixed = input_ids == spec.image_token_id, len(spec.fixed_tokens)
     tokens, rows = int(places.sum()), 0 if image_features is None else len(image_features) - fixed
     if tokens != rows:

@@ -13,6 +13,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.protocol import Array, Cache, Extras
 from vlmexport.runtime.sessions import PartSession
+from vlmexport.runtime.tiles import last_rows, missing_tiles
 
 Ids = NDArray[np.int64]
 
@@ -68,17 +69,3 @@ class CrossDecoder:
         """Keys and values by the decoder's inputs, in its types."""
         made = zip(self.encoder.outputs, self.encoder.run(inputs), strict=True)
         return {name: np.asarray(array, self.decoder.input_types[name]) for name, array in made}
-
-
-def missing_tiles(batch: int, tokens: int, tiles: int) -> Ids:
-    """The mask of prompts without pictures, int64 ``[batch, tokens, tiles]``."""
-    from vlmexport.model.cross import MISSING
-
-    return np.full((batch, tokens, tiles), MISSING, np.int64)
-
-
-def last_rows(mask: Ids, attention_mask: Ids) -> Ids:
-    """The row of each prompt's last token that is no padding, ``[batch, 1, tiles]``."""
-    tokens = attention_mask.shape[1]
-    last = tokens - 1 - np.argmax(attention_mask[:, ::-1] == 1, axis=1)
-    return np.take_along_axis(mask, last[:, None, None], axis=1)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
 from vlmexport.model.blocks import block_ids
+from vlmexport.model.cross import STATES, TILE_MASK
 from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import joined_features
@@ -32,6 +33,7 @@ from vlmexport.runtime.protocol import (
     merge,
     pad_right,
 )
+from vlmexport.runtime.tiles import cross_inputs, stacked_states
 
 Ids = NDArray[np.int64]
 
@@ -59,6 +61,12 @@ class DecoderInputs:
         """
         count, extras, given = embeds.shape[1], {}, given or {}
         for name, array in self.extras.items():
+            if name == STATES:
+                extras[name] = array
+                continue
+            if name == TILE_MASK:
+                extras[name] = np.concatenate([array, array[:, -1:].repeat(count, axis=1)], axis=1)
+                continue
             if name in given:
                 extras[name] = np.concatenate([array, given[name].astype(array.dtype)], axis=BATCH_AXIS[name] + 1)
                 continue
@@ -87,7 +95,7 @@ class DecoderInputs:
         return runner.decode(self.embeds, cache, keep, extras=self.extras)
 
     def _taken(self, indices: NDArray[np.intp]) -> DecoderInputs:
-        extras = {n: np.take(a, indices, axis=BATCH_AXIS[n] + 1) for n, a in self.extras.items()}
+        extras = {n: a if n == STATES else np.take(a, indices, axis=BATCH_AXIS[n] + 1) for n, a in self.extras.items()}
         return DecoderInputs(self.embeds[:, indices], extras)
 
 
@@ -109,6 +117,8 @@ def stacked(rows: Sequence[DecoderInputs], side: Literal["right", "left"] = "rig
         before = 0 if side == "right" else width - row.length
         mask[index, before : before + row.length] = 1
         parts.append(row._taken((np.arange(width) - before) % row.length))
+    if STATES in parts[0].extras:
+        return DecoderInputs(np.concatenate([p.embeds for p in parts]), stacked_states([p.extras for p in parts])), mask
     extras = {n: np.concatenate([p.extras[n] for p in parts], axis=BATCH_AXIS[n]) for n in parts[0].extras}
     return DecoderInputs(np.concatenate([p.embeds for p in parts]), extras), mask
 
@@ -136,6 +146,8 @@ def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequen
     joined = joined_features(spec, features)
     tokens = token_inputs(runner, ids)
     further = further_inputs(spec, batch, tokens.embeds, ids, joined)
+    if spec.place == "cross_attention":
+        further |= cross_inputs(spec, batch, ids.shape[1], features, tokens.embeds)
     return DecoderInputs(merge(spec, tokens.embeds, ids, joined), {**tokens.extras, **further}), mask
 
 
@@ -151,7 +163,7 @@ def further_inputs(
         "deepstack_embeds": lambda: _deepstack(spec, embeds, ids, features),
         "block_ids": lambda: block_ids(spec.mask, ids, spec.image_token_id, spec.block_tokens),
     }
-    names = [name for name in spec.extras if name != PER_LAYER]
+    names = [name for name in spec.extras if name not in (PER_LAYER, TILE_MASK)]
     if unknown := [name for name in names if name not in makers]:
         raise BadInputError(f"the decoder needs {unknown[0]}, which this version cannot make")
     return {name: makers[name]() for name in names}

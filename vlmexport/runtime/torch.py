@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from vlmexport.errors import BadInputError
+from vlmexport.model.cross import STATES, TILE_MASK
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.runtime.protocol import (
@@ -26,7 +27,8 @@ from vlmexport.runtime.protocol import (
     next_shift,
     no_per_layer,
 )
-from vlmexport.runtime.torch_cross import encoded, plain_merge
+from vlmexport.runtime.tiles import last_rows
+from vlmexport.runtime.torch_cross import encoded, plain_merge, tile_arguments
 from vlmexport.runtime.torch_rows import RowCaches, decode_rows, prefill_rows
 from vlmexport.split.decoder import DecoderPart, text_decoder
 from vlmexport.split.deepstack import deepstack_added
@@ -147,6 +149,8 @@ class TorchRunner:
         self, inputs_embeds: Array, mask: torch.Tensor, cache: TorchCache, keep: int, extras: Extras | None
     ) -> Array:
         given = dict(extras or {})
+        given |= {name: row.repeat(mask.shape[1], axis=1) for name, row in cache.repeated.items() if name not in given}
+        states = given.pop(STATES, None)
         if unknown := sorted(given.keys() - set(self.merge_spec.extras)):
             raise BadInputError(f"the decoder takes no {unknown[0]}")
         new = mask.numpy()
@@ -158,6 +162,10 @@ class TorchRunner:
             cache.position_shift = next_shift(positions, new, cache.lengths)
             positions = np.broadcast_to(positions, (AXES, *new.shape))
         tensors = {name: self._tensor(array) for name, array in given.items()}
+        if TILE_MASK in tensors:
+            kept = None if states is None else self._tensor(states)
+            cache.states = tile_arguments(self._decoder, tensors[TILE_MASK], kept, self.dtype)
+            cache.repeated = {TILE_MASK: last_rows(given[TILE_MASK], new)}
         embeds = self._tensor(inputs_embeds)
         with deepstack_added(self._decoder.decoder, tensors.get("deepstack_embeds")):
             out = self._call(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmexport.errors import BadInputError
 from vlmexport.model.cross import STATE_MASK
 from vlmexport.model.merge import MergeSpec
 from vlmexport.split.cross import STATES
+from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.encoder_decoder import TextEncoder, is_encoder_decoder, start_token
 from vlmexport.split.parts import Role
 
@@ -32,3 +34,16 @@ def encoded(model: Any, split: Split | None, embeds: torch.Tensor, mask: torch.T
     else:
         states = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     return {STATES[0]: states, STATE_MASK: mask}
+
+
+def tile_arguments(
+    part: DecoderPart, mask: torch.Tensor, states: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The decoder's arguments for new tokens with the tiles of `mask` ``[B, S, tiles]``.
+
+    `states` ``[B, T, width]`` come with the prompt; later the cache has their keys and values.
+    """
+    if part.cross is None:
+        raise BadInputError("the decoder attends to no tiles")
+    given = part.cross.arguments(torch.zeros(0, dtype=dtype) if states is None else states, mask)
+    return {**given, part.cross.states: states}

@@ -14,6 +14,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.split.cache import find_cache
+from vlmexport.split.cross_attention import check_states, crosses, split_cross_attention
 from vlmexport.split.decoder import (
     DecoderCall,
     DecoderPart,
@@ -82,6 +83,8 @@ def _language(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Langua
         return split_encoder_decoder(vlm, examples)
     calls = [capture_decoder_call(vlm.model, example) for example in examples]
     _refuse_nan(vlm, calls)
+    if crosses(calls):
+        return split_cross_attention(vlm, examples, calls)
     calls = with_embeddings(vlm, examples, calls)
     kv = find_cache(vlm)
     decoder, merge, difference = split_decoder(vlm, examples, calls, kv)
@@ -160,6 +163,8 @@ def _merge_difference(
     features: torch.Tensor,
     fixed: torch.Tensor | None,
 ) -> float:
+    if merge.place == "cross_attention":
+        return check_states(vlm, features, call)
     embeds = merged_embeddings(vlm, merge, example, features, fixed)
     difference = _refuse_difference(vlm, "merged embeddings", embeds, call.kwargs["inputs_embeds"])
     if not merge.deepstack_layers:

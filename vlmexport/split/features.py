@@ -12,6 +12,7 @@ import torch
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.packed import packed_pictures
+from vlmexport.split.state_features import states_function
 
 _FUNCTION = "get_image_features"
 
@@ -43,7 +44,7 @@ def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.T
     base = getattr(model, "base_model", model)
     owners = [owner for owner in ((model,) if base is model else (model, base)) if hasattr(owner, _FUNCTION)]
     if not owners:
-        raise UnsupportedModelError(f"{family}: the model has no {_FUNCTION}, so it cannot be cut")
+        return FeatureCall(*states_function(model, inputs))
     tokens = torch.full((1, 2), image_token)  # a single token may pass for a step behind the prompt
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **inputs}
     try:

@@ -90,6 +90,8 @@ def find_places(
     `features` are the projector's rows of every example, as they are packed. Nothing is proven here: what is found is,
     by `merged_embeddings`, on every example. Raises `UnsupportedModelError` for rows that are in no table.
     """
+    if merge.place == "cross_attention":
+        return merge, projector
     place = merge.place
     strangers: set[int] = set()
     for example, call, rows in zip(examples, calls, features, strict=True):
