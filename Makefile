@@ -11,14 +11,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
+TORCHVISION_VENV ?= .venv-torchvision
+TORCHVISION := $(TORCHVISION_VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv demo test test-all check lint docs clean
+.PHONY: help venv demo test test-all test-torchvision check lint docs clean
 
 help:
 	@echo "make demo    install into $(VENV) and run the main job on the bundled model"
 	@echo "make test    all tests but those of every single model family"
 	@echo "make test-all    the tests of every model family"
+	@echo "make test-torchvision    families whose processors need torchvision, in an environment of its own (gigabytes)"
 	@echo "make check   ruff, format, mypy --strict, import contracts, fast tests"
 	@echo "make docs    write docs/cli.md from the commands' help"
 
@@ -32,6 +35,17 @@ test: $(DEV)
 
 test-all: $(DEV)
 	$(PYTEST) -m family
+
+# torchvision has no CPU build that pip finds beside torch's; the CUDA build (gigabytes) runs on a CPU, too.
+test-torchvision: $(TORCHVISION)
+	OMP_NUM_THREADS=1 $(TORCHVISION_VENV)/bin/python -m pytest tests/torchvision
+
+$(TORCHVISION): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCHVISION_VENV)
+	$(TORCHVISION_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch===2.13.0" "torchvision==0.28.0"
+	$(TORCHVISION_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
+		-e . num2words pytest pytest-timeout
+	@touch $@
 
 check: lint
 	$(PYTEST) -m "not slow and not family"
