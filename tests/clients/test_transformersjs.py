@@ -27,6 +27,7 @@ from vlmexport.runtime.generate import generate_ids
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.sampling import Sampling
+from vlmexport.split.examples import draw_picture
 from vlmexport.variants import variant_names
 
 pytestmark = pytest.mark.slow
@@ -188,3 +189,21 @@ def test_damaged_scales_change_the_answers(bench: Bench, node: list[dict[str, An
             judge(bench, found[JOBS.index({"model": "demo-broken", "dtype": "q4"})], "q4")
         answers = [result["given"] for result in found[-1]["results"]]
         assert answers != bench.expected["q4"].tokens
+
+
+def test_llava_in_node(tiny_llava: Path, clients: Clients, tmp_path: Path) -> None:
+    artifact = export_onnx(str(tiny_llava), tmp_path / "llava", options("fp32"), verify=False).artifact
+    builder, runner = PromptBuilder(tiny_llava), OnnxRunner(artifact, threads=1)
+    text, cases = "what is in the picture?", []
+    for seed, size in enumerate(((32, 32), (64, 40), (40, 64))):
+        file = tmp_path / f"{seed}.png"
+        draw_picture(*size, seed=seed).save(file)
+        cases.append(Case(text, (file,), builder.build([file], text)))
+    job = {"model": "llava", "dtype": "fp32", "images_first": True}
+    (found,) = clients.node(write_jobs(tmp_path, tmp_path / "job", [job], cases, tokens=8))
+    assert "error" not in found, found["error"]
+    for case, result in zip(cases, found["results"], strict=True):
+        tokens = generate_ids(runner, [case.inputs], Sampling(max_new_tokens=8)).tokens[0]
+        assert result["given"][: len(tokens)] == list(tokens)
+        assert result["own"]["input_ids"] == case.inputs.input_ids[0].tolist()
+    assert len({tuple(result["given"]) for result in found["results"]}) > 1
