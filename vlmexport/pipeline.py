@@ -16,6 +16,7 @@ from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.calibrate.stage import decoder_weights
 from vlmexport.card_proof import write_proof
 from vlmexport.dtypes import WEB_LAYOUT, check_folder_name, settle_dtypes
+from vlmexport.genai_options import GENAI_LAYOUT
 from vlmexport.manifest import Artifact, write_manifest
 from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
 from vlmexport.plan_file import PLAN_NAME, QuantPlan
@@ -118,6 +119,10 @@ def check_layout(vlm: VLM, split: Split, options: OnnxOptions) -> None:
         from vlmexport.lower.onnx.web_families import web_family
 
         web_family(vlm, split)
+    if options.layout == GENAI_LAYOUT:
+        from vlmexport.lower.onnx.genai_families import genai_family
+
+        genai_family(vlm, split)
 
 
 def preprocessing_graph(model: str, options: OnnxOptions, target: Target, trust_remote_code: bool) -> ir.Model | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlmexport.cross_plan import check_cross
 from vlmexport.errors import BadInputError
 from vlmexport.expert_plan import PlannedExperts, plan_experts
+from vlmexport.genai_options import check_genai_options
 from vlmexport.kept_codes import check_kept, kept_scheme, requantized_scheme
 from vlmexport.owners import OwnedParameter, owned_parameters
 from vlmexport.prefill import check_prefill, prompt_bytes, prompt_schemes
@@ -207,6 +208,7 @@ def check_options(options: OnnxOptions, target: Target) -> None:
             f"attention {options.attention!r} with a cache of {options.cache_length} tokens does not go with target "
             f"{target.name}; a static cache and its length are for tensorrt alone"
         )
+    check_genai_options(options)
     _check_kv_cache(options, target)
     check_prefill(options, target)
     if options.scheme is not None:

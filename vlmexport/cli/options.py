@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.dtypes import DEFAULT_DTYPES, WEB_DTYPES, WEB_LAYOUT
 from vlmexport.errors import BadInputError
+from vlmexport.genai_options import JOINED_LAYOUTS
 from vlmexport.plan import OnnxOptions
 from vlmexport.plan_file import AutoLimit, QuantPlan, load_plan_file
 from vlmexport.quantize.registry import CHOICES, REFUSED, refusal
@@ -282,8 +283,9 @@ _ONNX_OPTIONS = (
         help="Add the image processor as a graph (resize, tile, normalise one picture), for runtimes without Python.",
     ),
     click.option(
-        "--layout", type=click.Choice(["split", WEB_LAYOUT]), default="split", show_default=True,
-        help="Files of the export: one graph per part, or what transformers.js loads in browsers and Node.",
+        "--layout", type=click.Choice(["split", *JOINED_LAYOUTS]), default="split", show_default=True,
+        help="Files of the export: one graph per part, what transformers.js loads in browsers and Node, or what "
+        "onnxruntime-genai loads.",
     ),
     click.option(
         "--dtypes", type=Names(), default=(), show_default=",".join(DEFAULT_DTYPES), metavar="NAMES",

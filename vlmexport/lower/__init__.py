@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 # Format and layout -> module and function; imported when used, import errors propagate.
 _SPLIT = ("vlmexport.lower.onnx.layouts.split", "emit_split")
 _WEB = ("vlmexport.lower.onnx.layouts.transformersjs", "emit_transformersjs")
-_EMITTERS = {("onnx", "split"): _SPLIT, ("onnx", "tensorrt"): _SPLIT, ("onnx", "transformersjs"): _WEB}
+_GENAI = ("vlmexport.lower.onnx.layouts.genai", "emit_genai")
+_EMITTERS = {
+    ("onnx", "split"): _SPLIT,
+    ("onnx", "tensorrt"): _SPLIT,
+    ("onnx", "transformersjs"): _WEB,
+    ("onnx", "genai"): _GENAI,
+}
 
 
 def emitter(format_name: str, layout: str) -> Callable[..., Emitted]:

@@ -1,4 +1,4 @@
-"""`OnnxRunner`: an export of the ``split``, ``tensorrt`` or ``transformersjs`` layout, run by ONNX Runtime alone."""
+"""`OnnxRunner`: an export of any ONNX layout, run by ONNX Runtime alone."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ class OnnxRunner:
 
     def embed(self, input_ids: NDArray[np.int64]) -> Array:
         """Embeddings ``[batch, tokens, hidden]``."""
-        embeds = self._embedding({"input_ids": input_ids})
+        embeds = self._embedding({"input_ids": input_ids, "image_features": self._no_features})
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def per_layer(self, input_ids: NDArray[np.int64]) -> Array:
         """What the layers get of each token; see `Runner.per_layer`."""
         if PER_LAYER not in self.merge_spec.extras:
             raise no_per_layer(str(self.artifact.path))
-        rows = self._embedding.run({"input_ids": input_ids})[1]
+        rows = self._embedding.run({"input_ids": input_ids, "image_features": self._no_features})[1]
         return checked("embed_tokens", PER_LAYER, rows, (*input_ids.shape, None, None))
 
     def prefill(
@@ -154,6 +154,11 @@ class OnnxRunner:
     @cached_property
     def _projector(self) -> PartSession:
         return self._part("projector", "image_features")
+
+    @property
+    def _no_features(self) -> Array:
+        """What an embedding graph that merges gets of a text: no rows."""
+        return np.zeros((0, self.model["hidden_size"]), np.float32)
 
     @cached_property
     def _embedding(self) -> PartSession:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmexport.dtypes import WEB_LAYOUT
 from vlmexport.engines import TENSORRT_LAYOUT
 from vlmexport.errors import BadInputError
+from vlmexport.genai_options import JOINED_LAYOUTS
 from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.kv import KVGeometry
 from vlmexport.progress import Progress, SilentProgress
@@ -293,7 +293,7 @@ def _manifest_geometry(artifact: Artifact) -> KVGeometry:
 
 def _check_parts(run: _Run, reference: Reference, prompts: Prompts) -> None:
     limits, runner = run.target.parity, reference.runner
-    joined = run.artifact.manifest.layout == WEB_LAYOUT
+    joined = run.artifact.manifest.layout in JOINED_LAYOUTS
     check = parts.check_image_features if joined else parts.check_vision
     check(run.gate, prompts.probes, run.shipped, runner, limits)
     vocab = reference.vlm.facts.vocab_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmexport.dtypes import WEB_LAYOUT
 from vlmexport.errors import ArtifactError
+from vlmexport.genai_options import JOINED_LAYOUTS
 from vlmexport.manifest import PREFILL_PART, Artifact, TensorSpec
 from vlmexport.model.kv import KVGeometry, LayerKV, present_name
 from vlmexport.model.merge import MergeSpec
@@ -31,7 +31,7 @@ def check_structure(gate: Gate, artifact: Artifact, kv: KVGeometry) -> None:
     may be wrong in the same way as the graph.
     """
     roles: dict[str, Role] = {str(role): role for role in Role if role is not Role.ENCODER or _merge(artifact).crosses}
-    if artifact.manifest.layout == WEB_LAYOUT:
+    if artifact.manifest.layout in JOINED_LAYOUTS:
         del roles[Role.PROJECTOR]  # the vision encoder holds it
     if PREFILL_PART in artifact.manifest.parts or "prefill" in artifact.manifest.model:
         roles[PREFILL_PART] = Role.DECODER
@@ -57,7 +57,7 @@ def graph_signature(path: Path) -> tuple[dict[str, TensorSpec], dict[str, Tensor
 def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[str], set[str]]:
     """Names of the inputs and outputs that docs/manifest.md requires of a part."""
     if role is Role.VISION_ENCODER:
-        return set(), {"image_features" if artifact.manifest.layout == WEB_LAYOUT else "vision_features"}
+        return set(), {"image_features" if artifact.manifest.layout in JOINED_LAYOUTS else "vision_features"}
     if role is Role.PROJECTOR:
         return {"vision_features"}, {"image_features"}
     if role is Role.EMBEDDING:
