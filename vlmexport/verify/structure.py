@@ -74,7 +74,9 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
 
 
 def _merge(artifact: Artifact) -> MergeSpec:
-    return MergeSpec.from_dict(artifact.manifest.model["merge"])
+    """The manifest's merge; one that asks nothing further of the parts where the manifest has none."""
+    merge = artifact.manifest.model.get("merge")
+    return MergeSpec(image_token_id=-1) if merge is None else MergeSpec.from_dict(merge)
 
 
 def _attention(artifact: Artifact) -> str:
