@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx_ir.tape import Tape
 
-from vlmexport.lower.onnx.assemble import AttentionCall, Dialect
+from vlmexport.lower.onnx.dialect import AttentionCall, Dialect
 from vlmexport.lower.onnx.dialects.ort import OrtDialect
 from vlmexport.lower.onnx.dialects.standard import StandardDialect
 from vlmexport.lower.onnx.linear import LinearEmitter

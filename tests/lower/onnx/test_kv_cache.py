@@ -16,8 +16,8 @@ from tests.lower.onnx import test_dialects as plain
 from tests.lower.onnx.decoding import Model, load
 from tests.tiny import make_tiny
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.lower.onnx.assemble import AttentionCall
 from vlmexport.lower.onnx.decoder import lower_decoder
+from vlmexport.lower.onnx.dialect import AttentionCall
 from vlmexport.lower.onnx.dialects.ort import OrtDialect
 from vlmexport.lower.onnx.rotary import rotate
 from vlmexport.plan import OnnxOptions, plan_export

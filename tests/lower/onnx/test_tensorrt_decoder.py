@@ -21,8 +21,8 @@ from tests.tiny import make_tiny
 from vlmexport.demo import model_dir
 from vlmexport.demo.variants import make_range_variant
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.lower.onnx.assemble import AttentionCall
 from vlmexport.lower.onnx.decoder import DecoderGraph
+from vlmexport.lower.onnx.dialect import AttentionCall
 from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect
 from vlmexport.lower.onnx.rotary import Rotary
 from vlmexport.lower.onnx.weights import typed_value

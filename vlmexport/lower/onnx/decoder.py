@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.lower.onnx.assemble import Dialect, assemble_decoder
+from vlmexport.lower.onnx.assemble import assemble_decoder
+from vlmexport.lower.onnx.dialect import Dialect
 from vlmexport.lower.onnx.dialects.ort import OrtDialect
 from vlmexport.lower.onnx.dialects.standard import StandardDialect
 from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect

@@ -19,7 +19,7 @@ from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.traced_values import required, static
 
 if TYPE_CHECKING:
-    from vlmexport.lower.onnx.assemble import Dialect
+    from vlmexport.lower.onnx.dialect import Dialect
 
 OPERATORS = ("ConvState", "DeltaRule")
 NORM_EPSILON = 1e-6

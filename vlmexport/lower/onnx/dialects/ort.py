@@ -15,7 +15,7 @@ import torch
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialect import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.linear import MICROSOFT, LinearEmitter

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialect import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.shared_kv import SharedCall, over_cache

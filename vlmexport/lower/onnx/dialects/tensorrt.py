@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
-from vlmexport.lower.onnx.assemble import AttentionCall, AttentionResult
+from vlmexport.lower.onnx.dialect import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import same_block, visible
 from vlmexport.lower.onnx.linear import LinearEmitter, cast, dtype_of
 from vlmexport.lower.onnx.rotary import Rotary
