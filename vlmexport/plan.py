@@ -49,8 +49,9 @@ class OnnxOptions:
     `scheme` None keeps the decoder's weights at `decoder_dtype` (``--quant none``). `keep` are `fnmatch` patterns of
     weight names that stay unquantized. `scheme_named` says that the user asked for `scheme`: it is no default then that
     gives way to the codes of a quantized checkpoint. `kv_cache` "same" stores the cache at `decoder_dtype`; `prefill`
-    "same" runs prompts through the graph that decodes. `preprocessor` adds the image processor as a graph. `choice` is what ``--quant auto`` has to meet (starting from
-    `scheme`) or a plan file; it must be settled (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
+    "same" runs prompts through the graph that decodes. `preprocessor` adds the image processor as a graph. `choice` is
+    what ``--quant auto`` has to meet (starting from `scheme`) or a plan file; it must be settled
+    (`vlmexport.calibrate.auto.settle_bits`) before anything is planned.
     `cache_length`: tokens of the cache of the ``static`` form of attention, which is TensorRT's and needs it.
     `requantize`: codes of a quantized checkpoint that the target cannot hold are rounded again, to symmetric integers.
     `dtypes`: precisions of the ``transformersjs`` layout, see `vlmexport.dtypes.settle_dtypes`; none in other layouts.

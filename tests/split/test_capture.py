@@ -21,7 +21,7 @@ def test_the_parts_reproduce_the_model(family: str, request: pytest.FixtureReque
     vlm = load_vlm(str(request.getfixturevalue(f"tiny_{family}")))
     split = split_model(vlm)
     assert split.replay_difference <= REPLAY_LIMIT
-    assert set(split.parts) == set(Role)
+    assert set(split.parts) == set(Role) - {Role.ENCODER}  # no encoder of text
     assert (split.merge.place, split.merge.mask, split.merge.extras) == ("scatter", "causal", ())
     assert split.merge.image_token_id == vlm.facts.image_token_id
 

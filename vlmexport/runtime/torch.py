@@ -173,7 +173,7 @@ class TorchRunner:
                 inputs_embeds=embeds,
                 attention_mask=self._decoder.masks(cache.mask, tensors.get("block_ids"), embeds),
                 position_ids=self._tensor(positions),
-                **{PER_LAYER: rows for name, rows in tensors.items() if name == PER_LAYER},
+                **({PER_LAYER: tensors[PER_LAYER]} if PER_LAYER in tensors else {}),
                 **cache.states,
                 past_key_values=cache.past,
                 use_cache=True,
