@@ -113,9 +113,10 @@ class OnnxRunner:
         """``project(vision(pixel_inputs))``, packed where the family packs."""
         return self.merge_spec.packed(self.project(self.vision(pixel_inputs)), pixel_inputs)
 
-    def embed(self, input_ids: NDArray[np.int64]) -> Array:
-        """Embeddings ``[batch, tokens, hidden]``."""
-        embeds = self._embedding({"input_ids": input_ids, "image_features": self._no_features})
+    def embed(self, input_ids: NDArray[np.int64], image_features: Array | None = None) -> Array:
+        """Embeddings ``[batch, tokens, hidden]``; a graph that merges puts `image_features` at the image tokens."""
+        rows = self._no_features if image_features is None else image_features
+        embeds = self._embedding({"input_ids": input_ids, "image_features": rows})
         return checked("embed_tokens", "inputs_embeds", embeds, (*input_ids.shape, self.model["hidden_size"]))
 
     def per_layer(self, input_ids: NDArray[np.int64]) -> Array:

@@ -39,6 +39,7 @@ from vlmexport.verify.decoder import (
 from vlmexport.verify.dialect import check_dialect
 from vlmexport.verify.engines import check_engines
 from vlmexport.verify.gates import Gate
+from vlmexport.verify.genai import check_genai
 from vlmexport.verify.preprocessor import check_preprocessor
 from vlmexport.verify.prompts import Prompts, answer_items, build_prompts
 from vlmexport.verify.quantization import (
@@ -247,6 +248,7 @@ def _judge(
     prompts = build_prompts(run.gate, run.artifact, reference)
     parts.check_processor(run.gate, prompts.probes)
     check_preprocessor(run.gate, run.artifact, prompts.reference or prompts.exported)
+    check_genai(run.gate, run.artifact, prompts.probes, run.shipped)
     if reference is None:
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()

@@ -1,0 +1,62 @@
+"""Does onnxruntime-genai load an export of the ``genai`` layout and give what its graphs give alone?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmexport.errors import NotPossibleHereError
+from vlmexport.genai_options import GENAI_LAYOUT
+from vlmexport.manifest import Artifact
+from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.genai import GenaiModel
+from vlmexport.runtime.ort import OnnxRunner
+from vlmexport.runtime.protocol import ModelInputs, Runner
+from vlmexport.verify.gates import Gate, NotRunError
+from vlmexport.verify.parts import Prompt
+
+_TOKENS = 16
+# Two runs of one graph differ by the order of their sums; where codes round activations to 8 bits, by some of those.
+_LOGITS = 1e-2
+_MERGE = 1e-6
+
+
+def check_genai(gate: Gate, artifact: Artifact, prompts: Sequence[Prompt], runner: Runner) -> None:
+    """Judge an export of the ``genai`` layout on each of `prompts`; other layouts have no such checks.
+
+    ``embed_tokens/merge``: the merge in the embedding graph is the one that `runner` does beside it.
+    ``model/genai``: logits behind the prompt, and 16 greedy tokens, of onnxruntime-genai against `runner`; not run
+    where the package is missing.
+    """
+    if artifact.manifest.layout != GENAI_LAYOUT:
+        return
+    if not isinstance(runner, OnnxRunner):
+        raise TypeError(f"an export of this layout is run by OnnxRunner, not {type(runner).__name__}")
+    found: list[GenaiModel] = []
+    for prompt in prompts:
+        inputs, name = prompt.exported, f"embed_tokens/merge[{prompt.name}]"
+        with gate.guard(name, "embed_tokens", "lowering"):
+            wanted = merged_inputs(runner, [inputs])[0].embeds
+            rows = runner.image_features(inputs.pixel_inputs) if inputs.pixel_inputs else None
+            gate.close(name, "embed_tokens", "lowering", wanted, runner.embed(inputs.input_ids, rows), _MERGE)
+        name = f"model/genai[{prompt.name}]"
+        with gate.guard(name, "model", "lowering"):
+            try:
+                found = found or [GenaiModel(artifact.path)]
+            except NotPossibleHereError as error:
+                raise NotRunError(str(error)) from error
+            _compare(gate, name, found[0], runner, inputs)
+
+
+def _compare(gate: Gate, name: str, genai: GenaiModel, runner: OnnxRunner, inputs: ModelInputs) -> None:
+    logits, tokens = genai.greedy(genai.tensors(inputs), _TOKENS)
+    merged = merged_inputs(runner, [inputs])[0]
+    own, cache = merged.prefill(runner, reserve=_TOKENS)
+    gate.close(name, "model", "lowering", own[0, -1], logits, _LOGITS)
+    largest = 0.0  # how far each of its tokens is below the best one here, after the same tokens
+    for token in tokens:
+        row = own[0, -1]
+        largest = max(largest, float((row.max() - row[token]) / np.abs(row).max()))
+        own = runner.decode(runner.embed(np.array([[token]])), cache)
+    gate.at_most(f"{name}:greedy", "model", "lowering", largest, _LOGITS, "below best")
