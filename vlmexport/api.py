@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from vlmexport.trt_pipeline import TrtResult
     from vlmexport.trt_plan import TrtPlan
     from vlmexport.verify.result import ParityReport
+    from vlmexport.web.server import SiteServer
+    from vlmexport.web.site import Site
 
 
 def inspect_model(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> InspectReport:
@@ -490,3 +492,34 @@ def production_lines(path: Path) -> list[str]:
     from vlmexport.serve.production import production_lines as lines
 
     return lines(open_artifact(path, check_hashes=False))
+
+
+def make_site(path: Path, *, transformersjs: Path | None = None, cdn: str | None = None) -> Site:
+    """The page that runs the export in `path` in a browser, with all its files.
+
+    `transformersjs` is the folder of the npm package (None: looked for in ``node_modules``), `cdn` a mirror of npm
+    packages to load it from instead. Raises `BadInputError` for an export of another layout, `NotPossibleHereError`
+    when transformers.js is not on this machine.
+    """
+    from vlmexport.web.library import find_library, mirror
+    from vlmexport.web.site import make_site as make
+    from vlmexport.web.site import open_web_export
+
+    if cdn is not None and transformersjs is not None:
+        raise BadInputError("--cdn and --transformersjs exclude each other")
+    artifact = open_web_export(path)
+    return make(artifact, find_library(transformersjs) if cdn is None else mirror(cdn))
+
+
+def write_site(site: Site, out: Path, *, force: bool = False) -> None:
+    """Write `site` into the folder `out` for any static host; `BadInputError` when it exists and `force` is False."""
+    from vlmexport.web.site import write_site as write
+
+    write(site, out, force=force)
+
+
+def make_site_server(site: Site, *, port: int = 8000) -> SiteServer:
+    """A server of `site` on 127.0.0.1, listening; call its ``serve_forever``. `port` 0 takes a free one."""
+    from vlmexport.web.server import start_server
+
+    return start_server(site, port)

@@ -18,7 +18,7 @@ from vlmexport.errors import VlmExportError
 
 COMMANDS = (
     "inspect", "plan", "sensitivity", "onnx", "trt", "gguf", "lora", "quantize", "verify", "bench", "run", "demo",
-    "serve", "push", "families", "doctor",
+    "serve", "web", "push", "families", "doctor",
 )  # fmt: skip
 
 # transformers imports torchao where it is installed, which then warns of CUDA libraries that it does not find.

@@ -15,7 +15,7 @@ class WebFamily:
 
     `processor` and `image_processor` are its classes. `inputs` gives vision inputs the names that the client feeds
     them by, `masks` are those it feeds as booleans. `counts_all`: its processor adds the further image tokens without
-    taking the class token off again.
+    taking the class token off again. `images_first`: its processor takes the pictures before the text.
     """
 
     processor: str
@@ -23,13 +23,14 @@ class WebFamily:
     inputs: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
     masks: tuple[str, ...] = ()
     counts_all: bool = False
+    images_first: bool = False
 
 
 WEB_FAMILIES = {
     "idefics3": WebFamily("Idefics3Processor", "Idefics3ImageProcessor", masks=("pixel_attention_mask",)),
     "smolvlm": WebFamily("SmolVLMProcessor", "SmolVLMImageProcessor", masks=("pixel_attention_mask",)),
-    "llava": WebFamily("LlavaProcessor", "CLIPImageProcessor", counts_all=True),
-    "paligemma": WebFamily("PaliGemmaProcessor", "SiglipImageProcessor"),
+    "llava": WebFamily("LlavaProcessor", "CLIPImageProcessor", counts_all=True, images_first=True),
+    "paligemma": WebFamily("PaliGemmaProcessor", "SiglipImageProcessor", images_first=True),
     "qwen2_vl": WebFamily("Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}),
     "qwen2_5_vl": WebFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor"),
 }

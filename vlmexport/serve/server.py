@@ -21,12 +21,12 @@ from typing import Any
 from vlmexport.serve.chat import ChatRequest, Reply, parse_request
 from vlmexport.serve.compare import Original
 from vlmexport.serve.engine import Engine
+from vlmexport.serve.hosts import LOCAL_NAMES, host_name
 from vlmexport.serve.limits import Limits
 from vlmexport.serve.pictures import decoded, picture_files
 from vlmexport.serve.refusal import RefusedError
 from vlmexport.serve.turns import Turns
 
-_LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -58,7 +58,7 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         self.service = service
         self.turns = Turns(service.limits)
-        self.local = address[0] in _LOCAL
+        self.local = address[0] in LOCAL_NAMES
         self._free = threading.BoundedSemaphore(service.limits.connections)
         super().__init__(address, _Handler)
 
@@ -113,9 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refusal)
 
     def _check_host(self) -> None:
-        host = self.headers.get("Host", "")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.server.local and name.lower() not in _LOCAL:
+        name = host_name(self.headers.get("Host", ""))
+        if self.server.local and name not in LOCAL_NAMES:
             raise RefusedError(403, f"this server answers to localhost, not to {name!r}")
 
     def _get(self) -> None:

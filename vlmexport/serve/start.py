@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vlmexport.errors import BadInputError
-from vlmexport.manifest import Artifact, open_artifact
+from vlmexport.manifest import open_artifact
 from vlmexport.serve.compare import Original
 from vlmexport.serve.engine import open_engine
+from vlmexport.serve.facts import facts
+from vlmexport.serve.hosts import listening
 from vlmexport.serve.limits import Limits
 from vlmexport.serve.server import Server, Service
-
-_ADDRESS_IN_USE = 98
 
 
 def start_server(
@@ -32,19 +31,4 @@ def start_server(
     limits = Limits() if waiting is None else dataclasses.replace(Limits(), waiting=waiting)
     engine = open_engine(artifact, threads)
     service = Service(path.resolve().name, engine, facts(artifact), original, allowed_hosts, limits)
-    try:
-        return Server(address, service)
-    except OSError as error:
-        host, port = address
-        reason = "something else listens there" if error.errno == _ADDRESS_IN_USE else error.strerror or str(error)
-        raise BadInputError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
-
-
-def facts(artifact: Artifact) -> dict[str, str]:
-    """What the page says of the export: one line, `words`."""
-    manifest = artifact.manifest
-    size = sum(file.bytes for file in manifest.files.values()) / 1e6
-    report = manifest.results.get("verify")
-    gate = "the gate has not judged it" if report is None else f"gate: {report['status']}"
-    source = Path(str(manifest.source.get("model", ""))).name
-    return {"words": f"{source}, {manifest.layout} for {manifest.target}, {size:.1f} MB; {gate}"}
+    return listening(lambda: Server(address, service), *address, "--port or --host")

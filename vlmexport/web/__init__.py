@@ -1,0 +1,1 @@
+"""The static page that runs an export of the ``transformersjs`` layout in a browser."""
