@@ -10,12 +10,12 @@ from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.importers import check_method
 from vlmexport.model.json_files import read_json
 from vlmexport.model.lora_files import base_name, is_adapter
+from vlmexport.model.remote import is_native, remote_name
 from vlmexport.model.retrieval import retrieval_class
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.pth")
-_AUTO_CLASS = "AutoModelForImageTextToText"
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,16 @@ def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code:
     """Refuse a config that transformers cannot turn into a vision-language model, or quantized in an unknown way."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = str(config.get("model_type", ""))
     remote = config.get("auto_map") or {}
-    native = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    native = is_native(config)
     if not native and remote and not trust_remote_code:
         raise UnsupportedModelError(
             f"{path}: {model_type or 'the model'} runs Python code that ships with it; read that code, then pass "
             "--trust-remote-code if you trust it"
         )
-    if not native and _AUTO_CLASS not in remote and retrieval_class(path) is None:
+    if not native and remote_name(config) is None and retrieval_class(path) is None:
         if model_type in CONFIG_MAPPING_NAMES:
             raise UnsupportedModelError(
                 f"{path} is no vision-language model: transformers knows model_type {model_type!r} without images"

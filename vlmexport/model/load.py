@@ -12,6 +12,7 @@ from vlmexport.model.checkpoint import Checkpoint, check_loading, read_checkpoin
 from vlmexport.model.importers.packed import QuantizedCheckpoint
 from vlmexport.model.kv import KVGeometry
 from vlmexport.model.packed import load_packed
+from vlmexport.model.remote import loading_class
 from vlmexport.model.retrieval import gives_embeddings, retrieval_class, with_embedding_head
 from vlmexport.model.source import resolve_source
 from vlmexport.model.wrapped import inner_model, wrapping_class
@@ -120,13 +121,12 @@ def _merge(model: PreTrainedModel, lora: str, source: str, quantized: QuantizedC
 
 
 def _from_pretrained(checkpoint: Checkpoint, *, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoModelForImageTextToText
-
     with clear_errors(checkpoint), quiet_transformers():
         retrieval = retrieval_class(checkpoint.path)
         wrapping = retrieval or wrapping_class(checkpoint.path)
+        found = wrapping or loading_class(checkpoint.path, trust_remote_code=trust_remote_code)
         remote: dict[str, Any] = {} if wrapping is not None else {"trust_remote_code": trust_remote_code}
-        model, info = (wrapping or AutoModelForImageTextToText).from_pretrained(
+        model, info = found.from_pretrained(
             checkpoint.path,
             dtype="auto",
             **remote,

@@ -20,6 +20,7 @@ from vlmexport.model.checkpoint import Checkpoint, check_loading
 from vlmexport.model.importers import read_packed
 from vlmexport.model.importers.packed import CodeFormat, LazyCodes, PackedCheckpoint, PackedWeight, QuantizedCheckpoint
 from vlmexport.model.importers.stored import StoredTensors
+from vlmexport.model.remote import loading_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -107,9 +108,11 @@ def _build(
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     with clear_errors(checkpoint), quiet_transformers():
-        with torch.device("meta"):
-            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-        model, info = type(empty).from_pretrained(
+        found = loading_class(checkpoint.path, trust_remote_code=trust_remote_code)
+        if found is AutoModelForImageTextToText:
+            with torch.device("meta"):
+                found = type(found.from_config(config, trust_remote_code=trust_remote_code))
+        model, info = found.from_pretrained(
             None,
             config=config,
             state_dict=state,

@@ -29,6 +29,7 @@ from vlmexport.split.examples import processor_examples
 from vlmexport.split.language import LanguageParts
 from vlmexport.split.logits import find_hidden_tokens
 from vlmexport.split.masks import SeenMasks, find_masks
+from vlmexport.split.own_attention import remote_errors
 from vlmexport.split.parts import Part, Role, Signature, Split
 from vlmexport.split.per_layer import embedding_part, per_layer_spec, with_per_layer
 from vlmexport.split.places import find_places, fixed_rows, merged_embeddings, with_embeddings
@@ -56,7 +57,11 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
     model's own processor makes them. Raises `UnsupportedModelError` naming the family and what differs,
     `BadInputError` naming a weight that makes the logits NaN.
     """
-    examples = processor_examples(vlm) if examples is None else examples
+    with remote_errors(vlm):
+        return _split(vlm, processor_examples(vlm) if examples is None else examples)
+
+
+def _split(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Split:
     language = _language(vlm, examples)
     merge, calls, difference = language.merge, language.calls, language.difference
     vision, projector = split_vision(vlm, examples)

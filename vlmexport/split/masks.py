@@ -19,6 +19,7 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.blocks import MaskKind, block_ids
 from vlmexport.split.attention import attention_implementation
 from vlmexport.split.decoder import DecoderCall, replay
+from vlmexport.split.own_attention import require_interface
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -126,6 +127,7 @@ def find_masks(
     given = [_given(call) for call in calls]
     named = _filled(given[0], calls[0], ())
     looked = _look(part, dataclasses.replace(calls[0], kwargs=calls[0].kwargs | _argument(named)))
+    require_interface(vlm, part, looked)
     if not named:
         _require_causal(family, part, looked)
         return SeenMasks("causal", None)

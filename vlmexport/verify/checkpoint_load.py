@@ -16,6 +16,7 @@ import torch
 
 from vlmexport.checkpoint_manifest import CheckpointManifest, FoldedTensor, StoredWeight
 from vlmexport.model.calling_transformers import quiet_transformers
+from vlmexport.model.remote import loading_class
 from vlmexport.verify.checkpoint_codes import WeightFiles, read_checkpoint_codes
 from vlmexport.verify.gates import Gate, NotRunError
 from vlmexport.verify.inputs import draw_picture
@@ -178,9 +179,7 @@ def _stored_weights(
 
 def _load(folder: Path, dtype: Any, trust_remote_code: bool) -> Any:
     """The checkpoint as transformers loads it; ValueError when a tensor is missing or has no place."""
-    from transformers import AutoModelForImageTextToText
-
-    load: Any = AutoModelForImageTextToText.from_pretrained
+    load: Any = loading_class(folder, trust_remote_code=trust_remote_code).from_pretrained
     with quiet_transformers():
         model, info = load(
             folder,

@@ -93,7 +93,7 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask the user
     except Exception as error:  # `tokenizers` raises no narrower class
         # A class that transformers cannot load (custom code): its file is the best description left.
         if file.is_file():
