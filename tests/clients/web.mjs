@@ -8,7 +8,7 @@ import { chromium } from "playwright-core";
 import { bundled } from "./chromium.mjs";
 
 const [jobFile, outFile, executablePath] = process.argv.slice(2);
-const { address, origins, asks, screenshots, stop } = JSON.parse(await readFile(jobFile, "utf8"));
+const { address, origins, asks, screenshots } = JSON.parse(await readFile(jobFile, "utf8"));
 const require = createRequire(import.meta.url);
 const modules = require.resolve.paths("playwright-core").find((p) => p.startsWith(import.meta.dirname));
 const place = executablePath ? { executablePath } : await bundled(modules);
@@ -30,16 +30,13 @@ page.on("console", (message) => {
 await page.goto(address);
 await page.waitForSelector("#go:enabled", { timeout: 60_000 });
 const isolated = await page.evaluate("self.crossOriginIsolated");
-for (const { dtype, image, text, tokens } of asks) {
+for (const { dtype, image, text, tokens, stop } of asks) {
   await page.selectOption("#dtype", dtype);
   if (image) await page.setInputFiles("#file", image);
   await page.fill("#prompt", text);
   await page.fill("#tokens", String(tokens));
   await page.click("#go");
-  if (stop) {
-    await page.waitForFunction("document.getElementById('answer').textContent.length > 0", null, { timeout: 300_000 });
-    await page.click("#stop");
-  }
+  if (stop) await page.click("#stop", { timeout: 300_000 });
   await page.waitForSelector("#go:enabled", { timeout: 300_000 });
   const words = (selector) => page.locator(selector).allInnerTexts();
   const [terms, values] = [await words("#timings dt"), await words("#timings dd")];

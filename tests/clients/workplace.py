@@ -38,6 +38,16 @@ class Clients:
         """What a headless Chromium made of each job (``results``), and the requests to other places (``foreign``)."""
         return self._run("browser.mjs", jobs, jobs.with_name("browser.json"), browser())
 
+    def web(self, job: Path) -> dict[str, Any]:
+        """What the page of `vlmexport web` showed for each of the `asks` (``results``), its requests and its errors."""
+        result: dict[str, Any] = self._run("web.mjs", job, job.with_name("web.json"), browser())
+        return result
+
+    @property
+    def transformersjs(self) -> Path:
+        """Folder of the npm package."""
+        return self.folder / "node_modules" / "@huggingface" / "transformers"
+
     def _run(self, script: str, jobs: Path, out: Path, *more: str) -> Any:
         command = ["node", script, str(jobs), str(out), *more]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=1200, check=False)

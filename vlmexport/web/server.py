@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -15,6 +15,8 @@ from vlmexport.web.site import Site
 
 HOST = "127.0.0.1"
 _IDLE_S = 60
+_PIECE = 1 << 20
+_ALWAYS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -83,19 +85,36 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, PurePosixPath(name).suffix, file, size, with_body)
 
     def _send(self, status: int, suffix: str, body: BinaryIO, size: int, with_body: bool) -> None:
-        self.send_response(status)
-        self.send_header(
-            "Content-Type", _TYPES.get(suffix, "text/plain" if status != 200 else "application/octet-stream")
-        )
-        self.send_header("Content-Length", str(size))
-        for name, value in self.server.site.headers.items():
+        """The file `body` of `size` bytes, or the part of it that was asked for."""
+        first, end = (0, size) if status != 200 else _range(self.headers.get("Range", ""), size)
+        self.send_response(206 if end - first < size else status)
+        plain = "text/plain" if status != 200 else "application/octet-stream"
+        self.send_header("Content-Type", _TYPES.get(suffix, plain))
+        self.send_header("Content-Length", str(end - first))
+        if end - first < size:
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{size}")
+        for name, value in (self.server.site.headers | _ALWAYS).items():
             self.send_header(name, value)
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Cache-Control", "no-store")
         self.end_headers()
         if with_body:
-            shutil.copyfileobj(body, self.wfile, 1 << 20)
+            body.seek(first)
+            self._copy(body, end - first)
+
+    def _copy(self, body: BinaryIO, left: int) -> None:
+        while left and (piece := body.read(min(left, _PIECE))):
+            self.wfile.write(piece)
+            left -= len(piece)
+        if left:  # the file became shorter: the length that was said no longer holds
+            self.close_connection = True
+
+
+def _range(asked: str, size: int) -> tuple[int, int]:
+    """First and end byte of the one range that `asked` names; the whole file for what is no such range."""
+    found = re.fullmatch(r"bytes=(\d{1,15})-(\d{0,15})", asked)
+    if found is None:
+        return 0, size
+    first, end = int(found[1]), min(size, int(found[2] or size) + 1)
+    return (first, end) if first < end else (0, size)
 
 
 def _text(words: str) -> tuple[BinaryIO, int]:

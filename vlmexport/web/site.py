@@ -128,6 +128,6 @@ def _policy(library: Library) -> str:
     workers = " blob:" if library.origin else ""
     return (
         f"default-src 'none'; script-src 'self' 'wasm-unsafe-eval'{other}; worker-src 'self'{workers}; "
-        f"style-src 'self'; img-src 'self' data: blob:; connect-src 'self'{other}; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        f"style-src 'self'; img-src 'self' data: blob:; connect-src 'self'{other}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

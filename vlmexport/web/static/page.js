@@ -72,11 +72,16 @@ function answer(to, message, hear) {
   });
 }
 
+function stoppable(can) {
+  at("stop").hidden = !can;
+  at("go").hidden = can;
+}
+
 async function ask() {
   const running = await model(at("dtype").value, at("device").value);
   const stop = self.crossOriginIsolated ? new Int32Array(new SharedArrayBuffer(4)) : null;
   at("stop").onclick = () => Atomics.store(stop, 0, 1);
-  at("stop").hidden = !stop;
+  stoppable(Boolean(stop));
   say("reading the prompt");
   const question = { picture, text: at("prompt").value, tokens: Number(at("tokens").value), stop };
   const done = await answer(running, { ask: question }, ({ piece }) => {
@@ -131,7 +136,7 @@ at("ask").addEventListener("submit", async (event) => {
     fail(`the model did not answer: ${error.message}`);
   } finally {
     at("go").disabled = false;
-    at("stop").hidden = true;
+    stoppable(false);
   }
 });
 start().catch((error) => fail(`site.json could not be read: ${error.message}`));
