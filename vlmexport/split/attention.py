@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from vlmexport.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What transformers' attention functions take beside queries, keys, values and masks, and that changes the result.
+_CHANGES = {
+    "position_bias": "learned relative positions added to its scores",
+    "s_aux": "attention sinks",
+    "softcap": "capped scores",
+}
+
+
+def refuse_changed_scores(
+    module: nn.Module, settings: Mapping[str, Any], written: frozenset[str] = frozenset()
+) -> None:
+    """Refuse an attention of `module` that gets more `settings` than the operator that stands for it can say.
+
+    `written` are the keywords that the operator does say. Raises `UnsupportedModelError`: left out without a word, they
+    would give another model.
+    """
+    for name, what in _CHANGES.items():
+        if name not in written and settings.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: its attention has {what} ({name}), which vlmexport writes into no graph; "
+                f"a model with it cannot be exported"
+            )
 
 
 @contextmanager

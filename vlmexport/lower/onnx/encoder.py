@@ -24,7 +24,7 @@ from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import KeptTensor, TensorSpec
-from vlmexport.split.attention import attention_implementation
+from vlmexport.split.attention import attention_implementation, refuse_changed_scores
 from vlmexport.split.parts import Part
 
 Dialect = Literal["ort", "tensorrt"]
@@ -149,6 +149,8 @@ def _trace(model: nn.Module, part: Part, opset: int, dialect: Dialect, *, repeat
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
+            if isinstance(error.__cause__, UnsupportedModelError):
+                raise error.__cause__ from None
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UnsupportedModelError(f"{part.role}: torch.export cannot trace it: {reason}") from error
     traced: ir.Model = program.model
@@ -235,6 +237,7 @@ def _attend(
     """Emit ``MultiHeadAttention`` for q, k, v ``[B, N, S, D]``; the result is ``[B, S, N, D]``."""
     if attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
         raise UnsupportedModelError(f"{type(module).__name__}: causal attention in an image encoder is not supported")
+    refuse_changed_scores(module, kwargs)
     batch, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
     key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))

@@ -18,7 +18,7 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.precision import FP16_MAX
-from vlmexport.split.attention import attention_implementation
+from vlmexport.split.attention import attention_implementation, refuse_changed_scores
 from vlmexport.split.parts import Part
 
 _NEUTRAL = "ImageAttention"
@@ -51,6 +51,7 @@ def _attend(
     """Emit the node for q ``[B, N, S, D]`` and k, v ``[B, M, S, D]``; the result is ``[B, S, N, D]``."""
     if attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
         raise UnsupportedModelError(f"{type(module).__name__}: causal attention in an image encoder is not supported")
+    refuse_changed_scores(module, kwargs)
     inputs = [query, key, value] if attention_mask is None else [query, key, value, attention_mask]
     out = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{_NEUTRAL}",

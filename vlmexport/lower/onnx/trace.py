@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import neutral
 from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
@@ -28,6 +29,7 @@ from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
 from vlmexport.lower.onnx.rotary import Rotary, RotaryInTrace, RotaryOperator, find_rotary
 from vlmexport.lower.onnx.state_trace import traced_states
 from vlmexport.model.per_token import PER_LAYER
+from vlmexport.split.attention import refuse_changed_scores
 from vlmexport.split.cross import CrossAttention
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.expert_forms import find_expert_forms
@@ -198,6 +200,7 @@ def _neutral_attention(decoder: Any, sources: Mapping[int, int], cross: CrossAtt
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, **kwargs: Any) -> Any:
+        refuse_changed_scores(module, kwargs, written=frozenset({"softcap"}))
         scale = float(query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"])
         if cross is not None and cross.layer_of(module) is not None:
             return neutral.cross_attention(query, module.layer_idx, scale), None
@@ -275,9 +278,14 @@ def _export(paths: Mapping[int, str], trunk: _Trunk | CrossTrunk, inputs: _Trace
     batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     shapes = {name: {axis: batch, axis + 1: length} for name, axis in inputs.batch_axes.items()}
     with quiet_exporter(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            trunk, kwargs=inputs.tensors, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
-        )
+        try:
+            program: Any = torch.onnx.export(
+                trunk, kwargs=inputs.tensors, dynamic_shapes=shapes, dynamo=True, optimize=False, verbose=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            if isinstance(error.__cause__, UnsupportedModelError):
+                raise error.__cause__ from None
+            raise
         _name_weights(program.model.graph, paths, trunk.decoder)
         program.optimize()
     graph: ir.Graph = program.model.graph
