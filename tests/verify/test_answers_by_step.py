@@ -32,8 +32,10 @@ def test_steps_see_weights_that_only_steps_have(runner):
         prefill = staticmethod(runner.prefill)
 
         @staticmethod
-        def decode(embeds, cache, keep=1):
-            return runner.decode(embeds, cache, keep) + 1.0 * np.arange(runner.model.config.text_config.vocab_size)
+        def decode(embeds, cache, keep=1, *, extras=None):
+            return runner.decode(embeds, cache, keep, extras=extras) + 1.0 * np.arange(
+                runner.model.config.text_config.vocab_size
+            )
 
     rows, answers = [DecoderInputs(runner.embed(np.arange(5, 12)[None]))], [[7, 8, 9]]
     honest = next(answers_in_one_prompt(runner, rows, answers))

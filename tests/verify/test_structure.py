@@ -157,8 +157,15 @@ def test_every_parameter_is_accounted_for_once(artifact):
 
 def test_a_right_export_has_the_right_signatures(artifact):
     checks = structure(artifact)
-    assert set(checks) == {str(role) for role in Role}
+    assert set(checks) == {str(role) for role in SIGNATURES}
     assert {c.status for c in checks.values()} == {"passed"}
+
+
+def test_a_decoder_that_crosses_needs_the_part_that_makes_what_it_attends_to(artifact):
+    model = artifact.manifest.model
+    checks = structure(with_manifest(artifact, model={**model, "merge": {"image_token_id": 1, "cross_layers": [0]}}))
+    assert "no such part" in checks["encoder"].reason
+    assert checks["decoder"].status == "failed"
 
 
 def test_a_decoder_must_take_what_the_merge_needs(artifact):
