@@ -21,7 +21,7 @@ def model_card(manifest: Manifest, source: Path) -> str:
     lines += [
         f"`{manifest.source['architecture']}` split into {graphs} by "
         f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile)."
-        f"{adapter_words(manifest.source)}",
+        f"{adapter_words(manifest.source)}{code_words(manifest.source)}",
         "",
         _quantization(manifest),
         "",
@@ -90,6 +90,15 @@ def adapter_words(source: Mapping[str, Any]) -> str:
     """A sentence on the LoRA adapter in the weights, with a space before it; nothing without one."""
     merged = source.get("lora")
     return f" The LoRA adapter `{Path(merged['path']).name}` is merged into the weights." if merged else ""
+
+
+def code_words(source: Mapping[str, Any]) -> str:
+    """A sentence on Python files that came with the model, with a space before it; nothing without any."""
+    code = source.get("remote_code")
+    if not code:
+        return ""
+    needs = "runs them, so that it loads with `trust_remote_code` only" if code["processor"] else "does not need them"
+    return f" Python files came with the model ({', '.join(code['files'])}); its processor {needs}."
 
 
 def _quantization(manifest: Manifest) -> str:

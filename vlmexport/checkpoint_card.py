@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from vlmexport.card import adapter_words, lineage
+from vlmexport.card import adapter_words, code_words, lineage
 from vlmexport.card_proof import proof_section
 from vlmexport.checkpoint_manifest import CheckpointManifest
 
@@ -34,7 +34,8 @@ def checkpoint_card(manifest: CheckpointManifest, source: Path) -> str:
         f"- {manifest.checkpoint_format}", *lineage(source / "README.md", manifest.source["model"]), "---", "",
         f"# {name}: {manifest.checkpoint_format}", "",
         f"`{manifest.source['architecture']}` quantized by vlmexport {manifest.created_by['vlmexport']}; loads in "
-        f"{_LOADERS[manifest.checkpoint_format]}.{adapter_words(manifest.source)}", "",
+        f"{_LOADERS[manifest.checkpoint_format]}.{adapter_words(manifest.source)}"
+        f"{code_words(manifest.source)}", "",
         *(f"- {count} matrices: {scheme}" for scheme, count in schemes.items()), "",
         "Scales are float16 or float32. A runtime that computes in bfloat16 rounds them to 8 bits; in float16 codes "
         "mean exactly what was chosen.", "",

@@ -14,6 +14,7 @@ from vlmexport import __version__
 from vlmexport.card import model_card
 from vlmexport.lower.result import Emitted
 from vlmexport.manifest import Artifact, Manifest, file_sha256, write_manifest
+from vlmexport.model.remote import code_files, is_remote, names_processor_code
 from vlmexport.plan import ExportPlan
 from vlmexport.target import Target
 
@@ -71,11 +72,13 @@ def package(
 
 
 def copy_model_files(source: Path, folder: Path) -> None:
-    """Copy configs, processor, tokenizer, chat template and licence."""
+    """Copy configs, processor, tokenizer, chat template and licence, and the Python files that a config names."""
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in _NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
+    for name, file in code_files(source).items():
+        shutil.copyfile(file, folder / name)
     _drop_quantization_config(folder / "config.json")
 
 
@@ -104,7 +107,14 @@ def source_facts(vlm: VLM) -> dict[str, Any]:
         "files": {file.name: file_sha256(file) for file in files},
         **({} if vlm.quantized is None else {"quantization": _quantization(vlm.quantized)}),
         **({} if vlm.lora is None else {"lora": _lora(vlm.lora)}),
+        **({"remote_code": _code(vlm)} if code_files(vlm.path) else {}),
     }
+
+
+def _code(vlm: VLM) -> dict[str, Any]:
+    """The Python files that ship with the source: whether the model's class is one of theirs, and the processor's."""
+    files = {name: file_sha256(file) for name, file in code_files(vlm.path).items()}
+    return {"files": files, "model": is_remote(vlm.model), "processor": names_processor_code(vlm.path)}
 
 
 def _lora(merged: MergedAdapter) -> dict[str, Any]:

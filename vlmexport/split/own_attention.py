@@ -24,8 +24,8 @@ def require_interface(vlm: VLM, part: DecoderPart, called: Collection[int]) -> N
     if own := [layer for layer in kv.keeping if layer not in called]:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: layer {own[0]} of the decoder {type(part.decoder).__name__} computes attention "
-            f"in its own code ({len(own)} of {kv.layers} layers do); vlmexport needs transformers' AttentionInterface to "
-            "give it a cache"
+            f"in its own code ({len(own)} of {kv.layers} layers do); vlmexport needs transformers' AttentionInterface "
+            "to give it a cache"
         )
 
 
