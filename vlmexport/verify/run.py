@@ -248,7 +248,7 @@ def _judge(
     prompts = build_prompts(run.gate, run.artifact, reference)
     parts.check_processor(run.gate, prompts.probes)
     check_preprocessor(run.gate, run.artifact, prompts.reference or prompts.exported)
-    check_genai(run.gate, run.artifact, prompts.probes, run.shipped)
+    check_genai(run.gate, run.artifact, prompts.probes, run.shipped, run.target.parity.lowering_shipped_kl)
     if reference is None:
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()
