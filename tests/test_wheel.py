@@ -50,6 +50,13 @@ def test_what_an_export_copies_into_its_folder_is_inside(names: set[str]) -> Non
     assert files <= names
 
 
+def test_the_pages_are_inside(names: set[str]) -> None:
+    folders = (ROOT / "vlmexport" / room / "static" for room in ("serve", "web"))
+    files = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.iterdir()}
+    assert {"vlmexport/serve/static/page.html", "vlmexport/web/static/worker.js"} <= files
+    assert files <= names
+
+
 def test_the_bundled_model_and_its_questions_are_inside(names: set[str]) -> None:
     demo = ROOT / "vlmexport" / "demo"
     data = {p.relative_to(ROOT).as_posix() for p in demo.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
