@@ -21,6 +21,7 @@ from vlmexport.trt_plan import check_split, settle_options
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
+    from vlmexport.model.kv import KVGeometry
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
 
@@ -47,7 +48,11 @@ class PartReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """The KV cache of one sequence at FP16, and at INT8 (``--kv-cache int8``); ``*_at`` by context length in tokens."""
+    """The KV cache of one sequence at FP16, and at INT8 (``--kv-cache int8``); ``*_at`` by context length in tokens.
+
+    `keeping_layers` of the `layers` keep keys and values of their own. `state_bytes`: the states of fixed size that
+    layers keep as well, at FP16. `uniform`: all layers keep keys and values of one shape, which alone has an INT8 form.
+    """
 
     layers: int
     heads: int
@@ -56,6 +61,9 @@ class CacheReport:
     bytes_at: dict[str, int]
     int8_bytes_per_token: int
     int8_bytes_at: dict[str, int]
+    keeping_layers: int
+    state_bytes: int
+    uniform: bool
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         image_token_id=vlm.facts.image_token_id,
         tokens_per_image=tokens,
         tokens_per_image_note=note,
-        kv=cache_report(vlm),
+        kv=cache_report(vlm.facts.kv if split is None else split.kv),
         targets=targets,
         recipe=suggest_recipe(_model_words(vlm), parameters, _first_command(split, targets))
         if vlm.quantized is None
@@ -187,12 +195,14 @@ def _int4_bytes(weight: WeightPlan) -> int:
     return -(-weight.elements // 2) + 2 * rows * groups
 
 
-def cache_report(vlm: VLM) -> CacheReport:
+def cache_report(kv: KVGeometry) -> CacheReport:
     """KV-cache size: ``2 * layers * KV heads * head dim`` values per token, of two bytes and of one."""
-    kv = vlm.facts.kv
     half, int8 = (kv.bytes_per_token(width) for width in (2, 1))
     half_at, int8_at = ({str(n): n * size for n in CONTEXTS} for size in (half, int8))
-    return CacheReport(kv.layers, kv.heads, kv.head_dim, half, half_at, int8, int8_at)
+    sizes = (half, half_at, int8, int8_at)
+    return CacheReport(
+        kv.layers, kv.heads, kv.head_dim, *sizes, len(kv.keeping), state_bytes=kv.state_bytes(), uniform=kv.uniform
+    )
 
 
 def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:

@@ -127,7 +127,8 @@ class WeightGroup:
 class ExportPlan:
     """Family x options x target, resolved per weight; `kv_bytes_per_token` are the cache's, for one sequence.
 
-    `prefill_bytes` are those of the prompt graph's own matrices, on top of `bytes_after`; 0 without one.
+    `prefill_bytes` are those of the prompt graph's own matrices, on top of `bytes_after`; 0 without one. `state_bytes`:
+    what layers keep of a sequence beside the cache, however long it is.
     """
 
     architecture: str
@@ -137,6 +138,7 @@ class ExportPlan:
     weights: tuple[WeightPlan, ...]
     kv_bytes_per_token: int = 0
     prefill_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def bytes_before(self) -> int:
@@ -278,6 +280,7 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
         planner.decoder_dtype,
         weights,
         split.kv.bytes_per_token(per_value),
+        state_bytes=split.kv.state_bytes(per_value),
     )
     if options.prefill == "same":
         return plan

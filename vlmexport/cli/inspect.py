@@ -80,10 +80,14 @@ def _facts(report: InspectReport) -> Iterator[str]:
     yield f"  {report.tokens_per_image_note}"
     kv = report.kv
     lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.bytes_at.items())
-    geometry = f"{kv.layers} layers x {kv.heads} heads x {kv.head_dim}"
+    layers = f"{kv.layers} layers" if kv.keeping_layers == kv.layers else f"{kv.keeping_layers} of {kv.layers} layers"
+    geometry = f"{layers} x {kv.heads} heads x {kv.head_dim}"
     yield f"KV cache (FP16): {geometry}: {bytes_text(kv.bytes_per_token)} per token, {lengths}"
-    lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.int8_bytes_at.items())
-    yield f"KV cache (--kv-cache int8): {bytes_text(kv.int8_bytes_per_token)} per token, {lengths}"
+    if kv.uniform:
+        lengths = ", ".join(f"{bytes_text(size)} at {int(n) // 1024}K" for n, size in kv.int8_bytes_at.items())
+        yield f"KV cache (--kv-cache int8): {bytes_text(kv.int8_bytes_per_token)} per token, {lengths}"
+    if kv.state_bytes:
+        yield f"states (FP16): {bytes_text(kv.state_bytes)} for each sequence, however long it is"
     for target in report.targets:
         yield f"target {target.name}: {'yes' if target.can_export else 'no'}: {target.reason}"
     yield f"suggested: {report.recipe.command}"

@@ -158,6 +158,8 @@ def print_plan(plan: ExportPlan, console: Console) -> None:
     )
     cache = "int8" if plan.options.kv_cache == "int8" else plan.decoder_dtype
     console.print(f"KV cache: {cache}, {bytes_text(plan.kv_bytes_per_token)} per token of one sequence")
+    if plan.state_bytes:
+        console.print(f"states: {bytes_text(plan.state_bytes)} for each sequence, however long it is")
     if plan.prefill_bytes:
         size = bytes_text(plan.prefill_bytes)
         console.print(f"prompts: INT8 copies of the decoder's linears, {size} more in the export and in memory")
