@@ -167,7 +167,7 @@ def test_no_command_imports_code_without_the_flag(tmp_path: Path) -> None:
     folder = _as_if_unasked(make_remote(tmp_path / "own_commands", WHOLE))
     witness, modules = tmp_path / "witness", tmp_path / "modules"
     environment = {**os.environ, "VLMEXPORT_TEST_WITNESS": str(witness), "HF_MODULES_CACHE": str(modules)}
-    out = ["-o", str(tmp_path / "out")]
+    out = ["--out", str(tmp_path / "out")]
     script = (
         "import sys; from vlmexport.cli.main import main\n"
         "for words in __import__('json').loads(sys.argv[1]):\n"
