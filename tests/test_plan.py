@@ -170,7 +170,7 @@ def test_a_method_whose_package_is_missing_is_refused_before_any_work(monkeypatc
     [
         (OnnxOptions(scheme=QuantScheme(bits=3)), "refuses 3-bit weights: MatMulNBits takes 2, 4 and 8 bits only"),
         (OnnxOptions(scheme=QuantScheme(overrides={"*": QuantScheme(bits=3)})), "refuses 3-bit weights"),
-        (OnnxOptions(layout="genai"), "no layout 'genai'; it has split"),
+        (OnnxOptions(layout="flat"), "no layout 'flat'; it has split, transformersjs, genai"),
     ],
 )
 def test_the_target_refuses_with_its_reason(options: OnnxOptions, message: str) -> None:
