@@ -22,7 +22,11 @@ from vlmexport.model.load import load_vlm
 
 REPLAY_LIMIT, LOWERING_LIMIT = 1e-5, 1e-4
 # One of each way in which features come to the decoder; every family is proven by test_support.
-FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("pixtral", "cohere2_vision", "llava_next")]
+FAMILIES = [
+    pytest.param("pixtral", marks=[pytest.mark.slow, pytest.mark.family]),
+    pytest.param("cohere2_vision", marks=[pytest.mark.slow, pytest.mark.family]),
+    pytest.param("llava_next", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -30,6 +34,8 @@ def zooed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return take_apart(request.param, tmp_path_factory.mktemp(request.param) / "model")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zooed", ["llava_next"], indirect=True)
 def test_parts_reproduce_the_model_and_so_does_onnx(zooed: Zooed, tmp_path: Path) -> None:
     assert zooed.split.replay_difference <= REPLAY_LIMIT
     found = largest_differences(zooed, export(zooed, FLOATS, tmp_path))
@@ -43,6 +49,8 @@ def test_the_standard_form_is_as_exact(zooed: Zooed, tmp_path: Path) -> None:
     assert max(found.values()) <= LOWERING_LIMIT, found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zooed", ["llava_next"], indirect=True)
 def test_int4_products_are_those_of_the_dequantized_codes(zooed: Zooed, tmp_path: Path) -> None:
     rounded, original = int4_difference(zooed, tmp_path)
     assert rounded <= LOWERING_LIMIT < original

@@ -153,6 +153,7 @@ def test_states_are_what_later_tokens_depend_on(zooed: Zooed, exported: Artifact
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zooed", ["lfm2_vl"], indirect=True)  # the others: test_support
 def test_int4_products_are_those_of_the_dequantized_codes(zooed: Zooed, tmp_path: Path) -> None:
     codes, original = int4_difference(zooed, tmp_path)
     assert codes <= LIMIT < original
