@@ -21,7 +21,7 @@ class Layer(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.layer_idx = index
         self.settings = [index]
-        self.register_buffer("gain", torch.ones(1))
+        self.register_buffer("gain", torch.ones(1), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.linear(hidden_states) * self.gain + table
