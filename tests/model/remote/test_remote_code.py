@@ -177,7 +177,7 @@ def test_no_command_imports_code_without_the_flag(tmp_path: Path) -> None:
     )
     given = ["--model", str(folder)]
     commands = [
-        ["inspect", str(folder)], ["onnx", *given, *out], ["gguf", *given, *out], ["trt", *given, *out],
+        ["inspect", str(folder)], ["onnx", *given, *out], ["gguf", *given, *out], ["trt", *given, *out, "--gpu", "a100"],
         ["quantize", *given, *out],
     ]  # fmt: skip
     run = subprocess.run(
