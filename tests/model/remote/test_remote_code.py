@@ -177,8 +177,8 @@ def test_no_command_imports_code_without_the_flag(tmp_path: Path) -> None:
     )
     given = ["--model", str(folder)]
     commands = [
-        ["inspect", str(folder)], ["onnx", *given, *out], ["gguf", *given, *out], ["trt", *given, *out, "--gpu", "a100"],
-        ["quantize", *given, *out],
+        ["inspect", str(folder)], ["onnx", *given, *out], ["gguf", *given, *out],
+        ["trt", *given, *out, "--gpu", "a100"], ["quantize", *given, *out],
     ]  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-c", script, json.dumps(commands)],
