@@ -45,7 +45,7 @@ def ask(clients: Clients, folder: Path, address: str, *asks: dict[str, Any], als
     origins = [re.sub(r"(//[^/]+/).*", r"\1", address), *([also] if also else [])]
     job.write_text(json.dumps({"address": address, "origins": origins, "asks": asks}))
     found = clients.web(job)
-    assert found["foreign"] == []
+    assert found["foreign"] == [], found["foreign"]
     assert found["errors"] == []
     for shown in found["results"]:
         assert shown["error"] == ""
