@@ -14,10 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import make_tiny
+from tests.zoo import registry
 from vlmexport import api
 from vlmexport.calibrate.recipe import CalibrationOptions
 from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME, open_checkpoint
-from vlmexport.checkpoint_plan import CheckpointOptions
+from vlmexport.checkpoint_plan import CheckpointOptions, plan_checkpoint
 from vlmexport.cli.quantize import print_result
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.load import load_vlm
@@ -25,6 +26,7 @@ from vlmexport.plan_file import AutoLimit
 from vlmexport.progress import SilentProgress
 from vlmexport.quantize.rtn import quantize_rtn
 from vlmexport.quantize.scheme import make_scheme
+from vlmexport.split.capture import split_model
 from vlmexport.verify.checkpoint import LOSS_CHECK, changed_tensors, miscounted_weights, verify_checkpoint
 from vlmexport.verify.checkpoint_codes import read_checkpoint_codes
 
@@ -239,3 +241,13 @@ def test_an_expert_that_saw_too_few_tokens_falls_back_and_says_so(tmp_path: Path
     number = int(unseen.rpartition(".")[2])
     module = f"language_model.model.layers.0.mlp.experts.{number}.down_proj"
     assert any(w.module == module for w in result.manifest.quantized)
+
+
+@pytest.mark.slow
+def test_a_decoder_with_axes_and_early_features_is_planned(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE: its positions and early features have axes of their own before the batch."""
+    vlm, examples = registry.make("qwen3_vl_moe", tmp_path)
+    plan = plan_checkpoint(vlm, split_model(vlm, examples), options("compressed-tensors"))
+    packed = [weight for weight in plan.weights if weight.reason == "packed experts"]
+    assert {weight.name.rpartition(".")[2] for weight in packed} == {"gate_up_proj", "down_proj"}
+    assert all(weight.action == "quantize" for weight in packed)

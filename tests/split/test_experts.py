@@ -8,16 +8,46 @@ import pytest
 import torch
 
 from tests.calibrate.decoders import make_decoder, part_of
+from vlmexport.manifest import TensorSpec
 from vlmexport.split.experts import Experts, find_experts
 from vlmexport.split.parts import Part, Role, Signature
 
+TOKENS = ("batch_size", "sequence_length")
+SIGNATURE = Signature(
+    (
+        TensorSpec("inputs_embeds", "float32", (*TOKENS, 64)),
+        TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
+        TensorSpec("position_ids", "int64", (3, *TOKENS)),
+        TensorSpec("deepstack_embeds", "float32", (2, *TOKENS, 64)),
+    ),
+    (),
+)
 LAYER = "model.language_model.layers.{}.mlp."
 
 
 def decoder_part(model: Any) -> Part:
     embeds = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(0))
     example = {"inputs_embeds": embeds, "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
-    return Part(Role.DECODER, part_of(model), "", Signature((), ()), (example,))
+    return Part(Role.DECODER, part_of(model), "", Signature(SIGNATURE.inputs[:2], ()), (example,))
+
+
+def test_every_input_is_cut_to_the_same_first_tokens_on_its_own_axis() -> None:
+    numbers = torch.arange(12.0)[None, :, None]
+    example = {
+        "inputs_embeds": numbers.repeat(1, 1, 64),
+        "attention_mask": torch.arange(12)[None],
+        "position_ids": torch.arange(12).repeat(3, 1, 1),
+        "deepstack_embeds": numbers.repeat(2, 1, 1, 64),
+    }
+    given: dict[str, torch.Tensor] = {}
+    model = make_decoder("experts")
+    decoder = part_of(model)
+    decoder.forward = given.update  # type: ignore[method-assign]
+    find_experts(model, Part(Role.DECODER, decoder, "", SIGNATURE, (example,)))
+    wanted = {"inputs_embeds": (1, 8, 64), "attention_mask": (1, 8), "position_ids": (3, 1, 8),
+              "deepstack_embeds": (2, 1, 8, 64)}  # fmt: skip
+    assert {name: tuple(tensor.shape) for name, tensor in given.items()} == wanted
+    assert all(float(tensor.max()) == 7 for tensor in given.values())
 
 
 @pytest.mark.parametrize("variant", ["experts", "router_and_experts"])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Every expert layer sends at least one of these tokens to at least one expert, which shows how it multiplies.
 _TOKENS = 8
+_TOKEN_DIMS = ("sequence_length", "total_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,20 @@ def find_experts(model: nn.Module, part: Part) -> Experts:
     def take(matrix: Matrix, _inputs: torch.Tensor) -> None:
         seen.add(matrix.parameter)
 
-    few = {name: tensor[:, :_TOKENS] for name, tensor in part.examples[0].items()}
     observer = LinearObserver(matrices_of(parameters.items()), parameters, take)
     with eager_experts(part.module), torch.no_grad(), observer:
-        part.module(**few)
+        part.module(**_first_tokens(part))
     return Experts(frozenset(seen), frozenset(parameters.keys() - seen), routers_beside(model, parameters))
+
+
+def _first_tokens(part: Part) -> dict[str, torch.Tensor]:
+    """The first `_TOKENS` tokens of the part's first example: every input is cut on the axes that count tokens."""
+    cut = dict(part.examples[0])
+    for spec in part.signature.inputs:
+        for axis, dim in enumerate(spec.dims):
+            if dim in _TOKEN_DIMS:
+                cut[spec.name] = cut[spec.name].narrow(axis, 0, min(_TOKENS, cut[spec.name].shape[axis]))
+    return cut
 
 
 def routers_beside(model: nn.Module, packed: dict[str, torch.Tensor]) -> frozenset[str]:
