@@ -46,7 +46,8 @@ def inspect_model(model: str, *, lora: str | None = None, trust_remote_code: boo
     from vlmexport.inspection import inspect_vlm
     from vlmexport.model.load import load_vlm
 
-    return inspect_vlm(load_vlm(model, lora=lora, trust_remote_code=trust_remote_code), gguf_vocabulary)
+    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code, embeddings=True)
+    return inspect_vlm(vlm, gguf_vocabulary)
 
 
 def plan_onnx(
@@ -77,7 +78,7 @@ def plan_onnx(
     options = settle_dtypes(options)
     check_options(options, target)
     preprocessor = preprocessing_graph(model, options, target, trust_remote_code)
-    vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora)
+    vlm, split = load_and_split(model, trust_remote_code, watcher, lora=lora, options=options)
     check_feeds(preprocessor, split)
     check_layout(vlm, split, options)
     with tempfile.TemporaryDirectory(prefix="vlmexport-") as work:

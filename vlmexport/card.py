@@ -27,8 +27,7 @@ def model_card(manifest: Manifest, source: Path) -> str:
         "",
         "## Run it",
         "",
-        "```sh",
-        'vlmexport run . --image picture.png --prompt "What is in this picture?"',
+        *_usage(manifest),
         "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL",
         "```",
         "",
@@ -40,6 +39,30 @@ def model_card(manifest: Manifest, source: Path) -> str:
         *kept_table(manifest),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _usage(manifest: Manifest) -> list[str]:
+    """The command that answers a question, or for an export that gives embeddings the Python that makes them."""
+    if manifest.model.get("output") != "embeddings":
+        return ["```sh", 'vlmexport run . --image picture.png --prompt "What is in this picture?"']
+    return [
+        "It gives an embedding of length 1 for each token of a page or a query; the score of a page is the sum, over",
+        "the query's embeddings, of the best product with one of the page's.",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "from vlmexport.manifest import open_artifact",
+        "from vlmexport.runtime.retrieval import RetrievalRunner",
+        "from vlmexport.runtime.retrieval_inputs import RetrievalInputs",
+        "",
+        'inputs, runner = RetrievalInputs(Path(".")), RetrievalRunner(open_artifact(Path(".")))',
+        'page, _ = runner.embeddings([inputs.page(Path("page.png"))])',
+        'query, _ = runner.embeddings([inputs.query("How many shapes?")])',
+        "score = (query[0] @ page[0].T).max(axis=1).sum()",
+        "```",
+        "",
+        "```sh",
+    ]
 
 
 def kept_table(manifest: Manifest) -> list[str]:

@@ -12,16 +12,17 @@ from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoin
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gguf_options import GgufOptions, GgufPlan
 from vlmexport.gguf_plan import plan_gguf
+from vlmexport.model.kv import KVGeometry
 from vlmexport.plan import ExportPlan, OnnxOptions, WeightPlan, float_weights, plan_export
 from vlmexport.quantize.advice import SMALL_MODEL, quantization_advice
 from vlmexport.quantize.scheme import make_scheme
+from vlmexport.retrieval_plan import check_retrieval, method_words, usual_options
 from vlmexport.target import Target, load_target, onnx_target_names, target_names
 from vlmexport.trt_options import TrtOptions, trt_onnx_options, trt_scheme
 from vlmexport.trt_plan import check_split, settle_options
 
 if TYPE_CHECKING:
     from vlmexport.model.importers.packed import CodeFormat, QuantizedCheckpoint
-    from vlmexport.model.kv import KVGeometry
     from vlmexport.model.load import VLM
     from vlmexport.split.parts import Split
 
@@ -150,9 +151,9 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         image_token_id=vlm.facts.image_token_id,
         tokens_per_image=tokens,
         tokens_per_image_note=note,
-        kv=cache_report(vlm.facts.kv if split is None else split.kv),
+        kv=cache_report(_kept_cache(vlm, split)),
         targets=targets,
-        recipe=suggest_recipe(_model_words(vlm), parameters, _first_command(split, targets))
+        recipe=suggest_recipe(_model_words(vlm) + method_words(vlm), parameters, _first_command(split, targets))
         if vlm.quantized is None
         else _kept_recipe(vlm, vlm.quantized, split, targets),
         quantized=None if vlm.quantized is None else vlm.quantized.summary,
@@ -205,6 +206,12 @@ def cache_report(kv: KVGeometry) -> CacheReport:
     )
 
 
+def _kept_cache(vlm: VLM, split: Split | None) -> KVGeometry:
+    """What an export keeps from token to token: nothing where it gives embeddings."""
+    kv = vlm.facts.kv if split is None else split.kv
+    return KVGeometry(0, kv.heads, kv.head_dim) if vlm.facts.output == "embeddings" else kv
+
+
 def tokens_per_image(vlm: VLM) -> tuple[dict[str, int], str]:
     """Image tokens in the prompt by picture size (``640x480``), as the model's own processor makes them.
 
@@ -236,10 +243,11 @@ def _target_report(
     if split is None:
         return TargetReport(name, False, refusal)
     try:
-        options = OnnxOptions(target=name)
+        options = usual_options(vlm, name)
         if target.runtime == "tensorrt":
             check_split(vlm, split)
             options = settle_options(vlm, split, TrtOptions(trt_onnx_options(trt_scheme("int4")), gpu="")).onnx
+        check_retrieval(vlm, options)
         plan: ExportPlan = plan_export(vlm, split, target, options)
     except BadInputError as error:
         return TargetReport(name, False, str(error))

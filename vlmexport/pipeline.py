@@ -22,6 +22,7 @@ from vlmexport.plan import ExportPlan, OnnxOptions, check_options, plan_export
 from vlmexport.plan_file import PLAN_NAME, QuantPlan
 from vlmexport.progress import Progress
 from vlmexport.quantize.weights import DecoderWeights
+from vlmexport.retrieval_plan import check_retrieval
 from vlmexport.target import Target, load_target
 from vlmexport.workspace import build_beside, calibration_folder, check_destination, move_into_place
 
@@ -71,7 +72,7 @@ def export_onnx(
     check_folder_name(out, options)
     check_options(options, target)
     preprocessor = preprocessing_graph(model, options, target, trust_remote_code)
-    vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora)
+    vlm, split = load_and_split(model, trust_remote_code, progress, lora=lora, options=options)
     check_feeds(preprocessor, split)
     check_layout(vlm, split, options)
     chosen = calibration or CalibrationOptions()
@@ -101,14 +102,24 @@ def export_onnx(
 
 
 def load_and_split(
-    model: str, trust_remote_code: bool, progress: Progress, *, lora: str | None = None
+    model: str,
+    trust_remote_code: bool,
+    progress: Progress,
+    *,
+    lora: str | None = None,
+    options: OnnxOptions | None = None,
 ) -> tuple[VLM, Split]:
-    """The first two stages; `lora` is an adapter that is merged into `model`."""
+    """The first two stages; `lora` is an adapter that is merged into `model`.
+
+    A model that gives embeddings is refused without `options`, and where those are not for such a model.
+    """
     from vlmexport.model.load import load_vlm
     from vlmexport.split.capture import split_model
 
     with progress.stage("load model"):
-        vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
+        vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code, embeddings=options is not None)
+    if options is not None:
+        check_retrieval(vlm, options)
     with progress.stage("split and replay"):
         return vlm, split_model(vlm)
 

@@ -279,7 +279,7 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
         planner.encoder_dtype,
         planner.decoder_dtype,
         weights,
-        split.kv.bytes_per_token(per_value),
+        0 if vlm.facts.output == "embeddings" else split.kv.bytes_per_token(per_value),
         state_bytes=split.kv.state_bytes(per_value),
     )
     if options.prefill == "same":

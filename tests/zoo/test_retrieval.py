@@ -116,7 +116,7 @@ def test_such_an_export_writes_no_text(exported: Artifact, tmp_path: Path) -> No
 def test_commands_for_text_refuse_the_model(tmp_path: Path) -> None:
     folder = make_colpali(tmp_path)
     with pytest.raises(
-        UnsupportedModelError, match="colpali gives embeddings of pages and queries, not text; no command"
+        UnsupportedModelError, match="colpali gives embeddings of pages and queries, not text; `vlmexport onnx` exports"
     ):
         load_vlm(str(folder))
 

@@ -24,6 +24,7 @@ from vlmexport.model.source import resolve_source
 from vlmexport.progress import Progress, SilentProgress
 from vlmexport.runtime.generate import GGUF_LAYOUT
 from vlmexport.runtime.prompt import load_image
+from vlmexport.runtime.text_only import require_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +76,7 @@ def bench_artifact(
     references and ``settings["references"]`` says why.
     """
     artifact = open_artifact(path)
+    require_text(artifact)
     threads = threads or available_cores()
     pictures = [load_image(image) for image in images] or [_drawn_picture()]
     with tempfile.TemporaryDirectory(prefix="vlmexport-bench-") as folder:

@@ -102,8 +102,8 @@ def load_vlm(source: str, *, lora: str | None = None, trust_remote_code: bool = 
     facts = model_facts(model, dtype)
     if facts.output == "embeddings" and not embeddings:
         raise UnsupportedModelError(
-            f"{source}: {facts.model_type} gives embeddings of pages and queries, not text; no command exports such a "
-            "model yet"
+            f"{source}: {facts.model_type} gives embeddings of pages and queries, not text; `vlmexport onnx` exports "
+            "such a model, this command needs one that writes text"
         )
     return VLM(source, path, model.config, model, facts, trust_remote_code, quantized, merged)
 

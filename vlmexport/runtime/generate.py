@@ -16,6 +16,7 @@ from vlmexport.runtime.decoder_inputs import encoded_pictures, token_inputs, wit
 from vlmexport.runtime.protocol import ModelInputs, Runner
 from vlmexport.runtime.sampling import Sampling, choose
 from vlmexport.runtime.text import TextStream
+from vlmexport.runtime.text_only import require_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +93,7 @@ def answer(
 
     In a static cache the answer ends where the cache does; `BadInputError` for a prompt that does not fit.
     """
+    require_text(artifact)
     if artifact.manifest.layout == GGUF_LAYOUT:
         from vlmexport.runtime.llamacpp.export import answer_gguf
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact
-from vlmexport.runtime.decoder_inputs import merged_inputs
+from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.sessions import PartSession
@@ -34,5 +34,9 @@ class RetrievalRunner:
         Each embedding has length 1; those of padding are zero.
         """
         inputs, mask = merged_inputs(self.runner, batch)
+        return self.decoded(inputs, mask), mask
+
+    def decoded(self, inputs: DecoderInputs, mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embeddings ``[batch, tokens, width]`` of what reaches the decoder, by the decoder's graph alone."""
         out = self._decoder({"inputs_embeds": inputs.embeds, "attention_mask": mask, **inputs.extras})
-        return np.asarray(out, np.float32), mask
+        return np.asarray(out, np.float32)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.split.retrieval_examples import retrieval_inputs, with_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,9 @@ def processor_examples(vlm: VLM) -> tuple[dict[str, torch.Tensor], ...]:
     others = [i for i in order if _image_shapes(made[i]) != _image_shapes(made[first])] or order[1:]
     width, height = _PICTURES[first]
     pair = [draw_picture(width, height, seed=1), draw_picture(height, width, seed=2)]
+    if vlm.facts.output == "embeddings":
+        query = retrieval_inputs(vlm, processor, _PROMPTS[2])
+        return made[first], with_words(made[others[0]], query), retrieval_inputs(vlm, processor, pair[1])
     return (
         made[first],
         example_inputs(vlm, processor, [draw_picture(*_PICTURES[others[0]])], _PROMPTS[1]),
@@ -63,7 +67,12 @@ def load_processor(vlm: VLM) -> Any:
 
 
 def example_inputs(vlm: VLM, processor: Any, images: Sequence[Image], prompt: str) -> dict[str, torch.Tensor]:
-    """What the model's ``forward`` takes for `prompt` and `images`, from its processor and chat template."""
+    """What the model's ``forward`` takes for `prompt` and `images`, from its processor and chat template.
+
+    A model that gives embeddings of pages gets its one picture without the prompt.
+    """
+    if vlm.facts.output == "embeddings":
+        return retrieval_inputs(vlm, processor, images[0])
     try:
         text = prompt_text(vlm, processor, len(images), prompt)
         made = processor(images=list(images), text=text, return_tensors="pt")

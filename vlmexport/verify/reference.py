@@ -92,15 +92,18 @@ def original_source(manifest: Manifest, model: str | None, lora: str | None) -> 
     return model or str(source.get("model", "")), lora or (source.get("lora") or {}).get("path")
 
 
-def load_reference(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> Reference:
+def load_reference(
+    model: str, *, lora: str | None = None, trust_remote_code: bool = False, embeddings: bool = False
+) -> Reference:
     """Load and split the original model in float32, with the adapter `lora` merged in the checkpoint's dtype.
 
-    Raises `BadInputError` when it cannot be loaded here.
+    One that gives `embeddings` instead of text is refused where that is False. Raises `BadInputError` when it cannot be
+    loaded here.
     """
     from vlmexport.model.load import load_vlm
     from vlmexport.split.capture import split_model
 
-    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code)
+    vlm = load_vlm(model, lora=lora, trust_remote_code=trust_remote_code, embeddings=embeddings)
     model_in_any_dtype: Any = vlm.model
     model_in_any_dtype.float()
     return Reference(vlm, TorchRunner(vlm, split_model(vlm)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlmexport.runtime.decoder_inputs import DecoderInputs, token_inputs
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import Array, Runner
 from vlmexport.runtime.sessions import SessionSettings
+from vlmexport.runtime.text_only import require_text
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.target import Target, load_target
 from vlmexport.variants import as_variant, variant_names
@@ -61,6 +63,7 @@ from vlmexport.verify.questions import (
 from vlmexport.verify.reference import Reference, changed_source_files, load_reference, original_source
 from vlmexport.verify.result import LoweringSummary, ParityReport, QuantizationSummary
 from vlmexport.verify.result import Question as Side
+from vlmexport.verify.retrieval import RetrievalRun, check_retrieval, is_retrieval
 from vlmexport.verify.structure import check_structure
 from vlmexport.verify.threads import good_threads, torch_threads
 from vlmexport.verify.variants import of_variants
@@ -159,6 +162,8 @@ def verify_artifact(
             threads=threads,
         )
     target = load_target(artifact.manifest.target)
+    if samples is not None:
+        require_text(artifact)
     asked = load_questions(samples) if samples else _own_questions(artifact, questions)
     used = good_threads(_size(artifact)) if threads is None else threads
     reports = {}
@@ -233,10 +238,11 @@ def _reference(
 ) -> tuple[Reference | None, str]:
     """The original model, or None with the reason; a model or adapter that was asked for must load."""
     source, adapter = original_source(artifact.manifest, model, lora)
+    load = partial(load_reference, lora=adapter, trust_remote_code=trust_remote_code, embeddings=is_retrieval(artifact))
     if model is not None or lora is not None:
-        return load_reference(source, lora=adapter, trust_remote_code=trust_remote_code), ""
+        return load(source), ""
     try:
-        return load_reference(source, lora=adapter, trust_remote_code=trust_remote_code), ""
+        return load(source), ""
     except BadInputError as error:
         return None, f"the original model could not be loaded: {error}"
 
@@ -245,6 +251,11 @@ def _judge(
     run: _Run, reference: Reference | None, why_not: str, asked: list[Question]
 ) -> tuple[LoweringSummary, Answers, QuantizationSummary]:
     codes = _check_files(run, reference)
+    if is_retrieval(run.artifact):
+        limits, shipped = run.target.parity, run.rounded
+        judged = RetrievalRun(run.gate, run.artifact, shipped, limits, run.exact_rel, why_not)
+        check_retrieval(judged, reference, codes)
+        return LoweringSummary(), Answers(), QuantizationSummary()
     prompts = build_prompts(run.gate, run.artifact, reference)
     parts.check_processor(run.gate, prompts.probes)
     check_preprocessor(run.gate, run.artifact, prompts.reference or prompts.exported)

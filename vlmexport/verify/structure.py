@@ -65,6 +65,8 @@ def required_names(role: Role, artifact: Artifact, kv: KVGeometry) -> tuple[set[
     merge = _merge(artifact)
     if role is Role.ENCODER:
         return set(merge.encoder_inputs), merge.cross_inputs
+    if artifact.manifest.model.get("output") == "embeddings":
+        return {"inputs_embeds", "attention_mask", *merge.extras}, {"embeddings"}
     further = {*merge.extras, *merge.cross_inputs, *merge.cross_masks}
     inputs = {"inputs_embeds", *_BOOKKEEPING[_attention(artifact)], *further}
     inputs -= set(artifact.manifest.model.get("made_inputs", ()))
