@@ -143,3 +143,11 @@ def test_the_certificate_is_the_hosts_and_the_address_the_checked_one(monkeypatc
     monkeypatch.setattr(module.socket, "create_connection", connect)
     connection.connect()
     assert asked == {"name": HOST, "address": ("93.184.216.34", 443)}
+
+
+@pytest.mark.parametrize(
+    "address", ["64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "::127.0.0.1", "fec0::1", "2001::1"]
+)
+def test_addresses_that_stand_for_others_are_not_public(address: str) -> None:
+    with pytest.raises(RefusedError, match="an address that is not public"):
+        fetch(f"https://{HOST}/x.png", [HOST], LIMITS, lambda host, port: [address])

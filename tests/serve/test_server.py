@@ -138,7 +138,7 @@ def test_a_picture_of_50_mb_is_refused_before_it_is_read(start: Start) -> None:
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 68000000\r\n\r\n"
         )
-        answer = raw.recv(65536)
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"the limit is 30000000" in answer
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
@@ -192,7 +192,7 @@ def test_bodies_that_wait_have_a_budget(start: Start) -> None:
 
 
 def test_a_client_that_says_nothing_is_let_go(start: Start) -> None:
-    server = start(Parrot(), Limits(idle_s=0.3))
+    server = start(Parrot(), Limits(request_s=0.4))
     with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
         raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
         assert raw.recv(100) == b""
@@ -260,3 +260,117 @@ def test_the_side_by_side_stream(start: Start) -> None:
     events = [json.loads(line[6:]) for line in io.StringIO(connection.getresponse().read().decode()) if line.strip()]
     assert [event.get("text") for event in events] == ["", "Hello", None]
     assert events[-1]["timings"]["ttft_ms"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stop": 5}, {"stop": True}, {"stream_options": "x"}, {"seed": 1.5}, {"temperature": 1e999},
+        {"messages": asked("x", "https://[x/y.png")},
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+        {"messages": [{"role": "user", "content": "x" * 1_000_001}]}, {"user": list(range(30_000))},
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_kind_are_refused_in_words(change: dict[str, Any], start: Start) -> None:
+    status, answer = post(start(Parrot()), json.dumps({"messages": asked("hi"), **change}).encode())
+    assert (status, bool(answer["error"]["message"])) == (400, True)
+
+
+def test_values_that_clients_send_are_taken(start: Start) -> None:
+    body = {"messages": asked("hi"), "seed": -1, "max_completion_tokens": None, "max_tokens": 5, "stop": None}
+    assert post(start(Parrot()), json.dumps(body).encode())[0] == 200
+
+
+@pytest.mark.parametrize("length", ["\xb2", "9" * 5000, "-1", ""])
+def test_a_length_that_is_no_number_is_refused(length: str, start: Start) -> None:
+    server = start(Parrot())
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode("latin-1"))
+        assert raw.recv(65536).startswith(b"HTTP/1.1 411 ")
+    status, answer = post(server, b"{}", **{"Transfer-Encoding": "chunked"})
+    assert (status, "not in chunks" in answer["error"]["message"]) == (411, True)
+
+
+def test_our_own_error_is_an_answer(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def speak(self, *args: Any) -> None:
+            raise ZeroDivisionError("oops")
+
+    status, answer = post(start(Broken()), json.dumps({"messages": asked("hi")}).encode())
+    assert (status, answer["error"]["message"]) == (500, "internal error: ZeroDivisionError")
+    assert "oops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TIFF", "PPM"])
+def test_other_kinds_of_pictures_are_not_opened(kind: str, start: Start) -> None:
+    from PIL import Image
+
+    with io.BytesIO() as stream:
+        Image.new("RGB", (16, 16)).save(stream, kind)
+        url = f"data:image/x;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    status, answer = post(start(Parrot()), json.dumps({"messages": asked("x", url)}).encode())
+    assert (status, "PNG, JPEG, WEBP, GIF, BMP" in answer["error"]["message"]) == (400, True)
+
+
+def test_slow_bodies_hold_only_what_came_and_end(start: Start) -> None:
+    server = start(Parrot(), Limits(request_s=1.0, waiting_bytes=40_000_000))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    slow = [socket.create_connection(("127.0.0.1", server.server_port), 10) for _ in range(9)]
+    for raw in slow:
+        raw.sendall(head + b"Content-Length: 29000000\r\n\r\n{")
+    assert alive(server)
+    for _ in range(4):  # drips do not buy time
+        threading.Event().wait(0.4)
+        for raw in slow:
+            try:
+                raw.sendall(b" ")
+            except OSError:
+                continue
+    for raw in slow:
+        raw.settimeout(5)
+        try:
+            assert raw.recv(10) == b""
+        except ConnectionError:
+            continue
+        finally:
+            raw.close()
+    assert alive(server)
+
+
+def test_who_has_gone_gets_no_turn(start: Start) -> None:
+    hold, parrot = threading.Event(), Parrot()
+    parrot.hold = hold
+    server = start(parrot)
+    body = json.dumps({"messages": asked("x")}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    gone = []
+    for count in range(1, 4):
+        raw = socket.create_connection(("127.0.0.1", server.server_port), 10)
+        raw.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        gone.append(raw)
+        while server.turns.waiting < count:
+            threading.Event().wait(0.02)
+    for raw in gone:
+        raw.close()
+    hold.set()
+    assert alive(server)
+    assert len(parrot.heard) == 2  # the one that was talking, and the last question
+
+
+def test_who_does_not_read_loses_the_turn(start: Start) -> None:
+    class Talker(Parrot):
+        def speak(self, messages: Any, pictures: Any, sampling: Any, on_text: Any) -> Any:
+            if sampling.max_new_tokens == 1000:
+                for _ in range(100_000):
+                    on_text("x" * 1000)
+            return super().speak(messages, pictures, sampling, on_text)
+
+    server = start(Talker(), Limits(stalled_s=0.5))
+    body = json.dumps({"messages": asked("x"), "stream": True, "max_tokens": 1000}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.server_port), 10) as raw:
+        raw.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while not server.turns.waiting:
+            threading.Event().wait(0.02)
+        assert alive(server)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 takes a free one."
 )
 @click.option(
-    "--compare/--no-compare", default=True, show_default=True,
+    "--compare/--no-compare", default=None, show_default="on, unless other machines can reach the server",
     help="Let the page ask the original in PyTorch, too (loaded when it is first asked).",
 )  # fmt: skip
 @reference_option
@@ -49,7 +49,7 @@ def command(
     artifact: Path,
     host: str,
     port: int,
-    compare: bool,
+    compare: bool | None,
     model: str | None,
     allowed: tuple[str, ...],
     waiting: int,
@@ -61,12 +61,14 @@ def command(
     One answer is made at a time, others wait for their turn. It is no server for production; the line that it prints
     starts one. Ctrl-C ends it.
     """
+    from vlmexport.serve.hosts import LOCAL_NAMES
+
     with session.progress() as progress, progress.stage("open the export"):
         server = api.make_server(
             artifact,
             host=host,
             port=port,
-            compare=compare,
+            compare=host in LOCAL_NAMES if compare is None else compare,
             model=model,
             allowed_hosts=allowed,
             waiting=waiting,

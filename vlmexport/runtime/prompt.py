@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000
+# What Pillow's readers let through when a file is damaged.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+    struct.error, zlib.error,
+)  # fmt: skip
 _TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
@@ -80,14 +85,17 @@ def load_image(path: Path) -> Image:
     return read_image(path, str(path))
 
 
-def read_image(source: Path | BinaryIO, name: str) -> Image:
-    """Decode a picture file (or its bytes) as upright RGB; `name` stands for it in errors, which are `load_image`'s."""
+def read_image(source: Path | BinaryIO, name: str, formats: tuple[str, ...] | None = None) -> Image:
+    """Decode a picture file (or its bytes) as upright RGB; `name` stands for it in errors, which are `load_image`'s.
+
+    `formats`: the only ones to take (None: all that Pillow reads).
+    """
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as file:
+            with Image.open(source, formats=formats) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise BadInputError(f"{name} has {file.width}x{file.height} pixels; the limit is {MAX_PIXELS}")
                 return ImageOps.exif_transpose(file).convert("RGB")
@@ -95,6 +103,5 @@ def read_image(source: Path | BinaryIO, name: str) -> Image:
         raise BadInputError(f"no such image: {name}") from error
     except Image.DecompressionBombError as error:
         raise BadInputError(f"{name} has too many pixels; the limit is {MAX_PIXELS}") from error
-    # Pillow's readers let all of these through when a file is damaged.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error) as error:
+    except DAMAGED as error:
         raise BadInputError(f"{name} is not a readable image: {error}") from error

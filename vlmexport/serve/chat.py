@@ -18,6 +18,7 @@ from vlmexport.serve.limits import Limits
 from vlmexport.serve.refusal import RefusedError
 
 DEFAULT_TOKENS = 256
+_LARGEST = 1e6
 _ROLES = ("system", "developer", "user", "assistant")
 # Neither of these changes an answer of ours.
 _WITHOUT_EFFECT = {
@@ -66,29 +67,37 @@ def parse_request(data: Any, limits: Limits) -> ChatRequest:
     for key in data.keys() - _KNOWN - _WITHOUT_EFFECT:
         if key not in _DEFAULTS or data[key] not in _DEFAULTS[key]:
             raise RefusedError(400, f"{key} is not supported by this server", key)
-    messages, urls = _messages(data.get("messages"))
+    messages, urls = _messages(data.get("messages"), limits)
     return ChatRequest(
         str(data.get("model", "")),
         messages,
         tuple(urls),
         _sampling(data, limits),
         _flag(data, "stream"),
-        bool((data.get("stream_options") or {}).get("include_usage")),
+        _wants_usage(data.get("stream_options")),
     )
 
 
-def _messages(given: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def _messages(given: Any, limits: Limits) -> tuple[list[dict[str, Any]], list[str]]:
     if not isinstance(given, list) or not given:
         raise RefusedError(400, "messages must be a list with at least one message", "messages")
-    messages, urls = [], []
+    messages: list[dict[str, Any]] = []
+    urls: list[str] = []
     for index, message in enumerate(given):
         where = f"messages[{index}]"
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise RefusedError(400, f"{where}.role must be one of {', '.join(_ROLES)}", where)
         content, found = _content(message.get("content"), where)
+        for key in message.keys() - {"role", "content", "name"}:
+            if message[key] not in (None, [], {}):
+                raise RefusedError(400, f"{where}.{key} is not supported by this server", where)
         role = "system" if message["role"] == "developer" else message["role"]
         messages.append({"role": role, "content": content})
         urls += found
+    parts: list[dict[str, str]] = [part for message in messages for part in message["content"]]
+    texts = sum(len(part.get("text", "")) for part in parts)
+    if texts > limits.text_bytes:
+        raise RefusedError(400, f"the messages have {texts} characters; the limit is {limits.text_bytes}", "messages")
     if messages[-1]["role"] != "user":
         raise RefusedError(400, "the last message must be the user's", "messages")
     return messages, urls
@@ -117,20 +126,20 @@ def _content(given: Any, where: str) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _sampling(data: Mapping[str, Any], limits: Limits) -> Sampling:
-    tokens = data.get("max_completion_tokens", data.get("max_tokens"))
-    tokens = DEFAULT_TOKENS if tokens is None else tokens
+    asked = [data[key] for key in ("max_completion_tokens", "max_tokens") if data.get(key) is not None]
+    tokens = asked[0] if asked else DEFAULT_TOKENS
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= limits.new_tokens:
         raise RefusedError(400, f"max_tokens is {tokens!r}; it must be 1 to {limits.new_tokens}", "max_tokens")
-    stop = data.get("stop") or ()
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
+    stop = data.get("stop")
+    stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
         raise RefusedError(400, "stop must be a text or up to four texts", "stop")
     try:
         return Sampling(
             temperature=_number(data, "temperature", 0.0),
             top_p=_number(data, "top_p", 1.0),
-            seed=int(_number(data, "seed", 0)),
-            stop=stop,
+            seed=_seed(data.get("seed")),
+            stop=tuple(stop),
             max_new_tokens=tokens,
         )
     except BadInputError as error:
@@ -141,9 +150,26 @@ def _number(data: Mapping[str, Any], key: str, default: float) -> float:
     value = data.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise RefusedError(400, f"{key} must be a number", key)
     return value
+
+
+def _seed(value: Any) -> int:
+    """Any whole number; generators of random numbers take them from 0."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RefusedError(400, "seed must be a whole number", "seed")
+    return value % (1 << 63)
+
+
+def _wants_usage(options: Any) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise RefusedError(400, "stream_options must be an object", "stream_options")
+    return bool(options.get("include_usage"))
 
 
 def _flag(data: Mapping[str, Any], key: str) -> bool:

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartDifference:
-    """How far one part of the export is from PyTorch on this very chat: `value` of the kind `metric`."""
+    """How far one part of the export is from PyTorch on this very chat: `value` of the kind `metric`.
+
+    None where the two cannot be compared: another shape, or numbers that are not finite.
+    """
 
     part: str
     metric: str
-    value: float
+    value: float | None
 
 
 class Original:
@@ -68,7 +71,9 @@ class Original:
         for side, item in ((engine, ours), (original, theirs)):
             merged, mask = merged_inputs(side.runner, [item])
             logits.append(merged.prefill(side.runner, mask, 1)[0][0])
-        found.append(PartDifference("decoder, next token", "KL", float(kl_per_token(logits[1], logits[0]).mean())))
+        found.append(
+            PartDifference("decoder, next token", "KL", _finite(float(kl_per_token(logits[1], logits[0]).mean())))
+        )
         return found
 
     def _open(self) -> OnnxEngine:
@@ -81,8 +86,12 @@ class Original:
         return self._engine
 
 
-def _relative(ours: Any, theirs: Any) -> float:
-    """Largest difference over the largest value of the original; infinite for another shape."""
+def _relative(ours: Any, theirs: Any) -> float | None:
+    """Largest difference over the largest value of the original; None for another shape."""
     if ours.shape != theirs.shape:
-        return float("inf")
-    return float(np.abs(ours.astype(np.float64) - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+        return None
+    return _finite(float(np.abs(ours.astype(np.float64) - theirs).max() / max(float(np.abs(theirs).max()), 1e-12)))
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

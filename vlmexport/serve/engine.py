@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError, VlmExportError
 from vlmexport.manifest import Artifact
-from vlmexport.model.json_files import read_json_if_there
 from vlmexport.runtime.generate import GGUF_LAYOUT, Timings, generate_steps
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.sampling import Sampling
 from vlmexport.runtime.text import TextStream
+from vlmexport.serve.limits import Limits
 from vlmexport.serve.refusal import RefusedError
 
 if TYPE_CHECKING:
@@ -128,15 +128,18 @@ def open_engine(artifact: Artifact, threads: int = 0) -> Engine:
 
 def positions(folder: Path) -> int | None:
     """How many positions the model in `folder` has, by its config; None where that does not say."""
-    config = read_json_if_there(folder / "config.json")
-    text = config.get("text_config", config)
-    found = text.get("max_position_embeddings")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):  # a type that this transformers does not know without its own code
+        return None
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(found) if found else None
 
 
 def _fitted(sampling: Sampling, prompt_tokens: int, capacity: int | None) -> Sampling:
-    if capacity is None:
-        return sampling
+    capacity = Limits().prompt_tokens if capacity is None else capacity
     if prompt_tokens >= capacity:
         raise RefusedError(
             400, f"the prompt has {prompt_tokens} tokens; this model has {capacity} positions", "messages"

@@ -10,8 +10,9 @@ import http.client
 import ipaddress
 import socket
 import ssl
-import time
+import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from vlmexport.serve.limits import Limits
@@ -20,13 +21,20 @@ from vlmexport.serve.refusal import RefusedError
 _CHUNK = 1 << 16
 _PARAM = "messages"
 # Host and port to the addresses that the name stands for.
+# Addresses of IPv6 that stand for one of IPv4, or for a place inside.
+_TUNNELS = tuple(
+    map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10"))
+)
 Resolve = Callable[[str, int], list[str]]
 
 
 def fetch(url: str, allowed: Collection[str], limits: Limits, resolve: Resolve | None = None) -> bytes:
     """The bytes at `url`. Raises `RefusedError` (400) for everything that is not a plain answer of an allowed host."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").rstrip(".").lower()
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".").lower()
+    except ValueError as error:
+        raise _refused("the address is not valid") from error
     if parts.scheme != "https":
         raise _refused(f"pictures come as data URLs or from https addresses, not {parts.scheme or 'nothing'}:")
     if parts.username is not None or parts.password is not None:
@@ -55,6 +63,8 @@ def public_address(host: str, port: int, resolve: Resolve) -> str:
 
 def _is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
+    if any(parsed in network for network in _TUNNELS if network.version == parsed.version):
+        return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return (mapped or parsed).is_global and not (mapped or parsed).is_multicast
 
@@ -77,8 +87,10 @@ class _Pinned(http.client.HTTPSConnection):
 
 
 def _get(host: str, port: int, address: str, target: str, limits: Limits) -> bytes:
-    end = time.monotonic() + limits.fetch_s
     connection = _Pinned(host, port, address, limits.fetch_s)
+    late = threading.Event()
+    timer = threading.Timer(limits.fetch_s, _cut, (connection, late))
+    timer.start()
     try:
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "vlmexport"})
         response = connection.getresponse()
@@ -89,13 +101,25 @@ def _get(host: str, port: int, address: str, target: str, limits: Limits) -> byt
             data += chunk
             if len(data) > limits.image_bytes:
                 raise _refused(f"the picture at {host} has more than {limits.image_bytes} bytes")
-            if time.monotonic() > end:
-                raise _refused(f"{host} took longer than {limits.fetch_s:g} s")
+        if late.is_set():
+            raise _refused(f"{host} took longer than {limits.fetch_s:g} s")
         return bytes(data)
-    except (OSError, http.client.HTTPException) as error:
-        raise _refused(f"the picture at {host} could not be fetched: {type(error).__name__}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = (
+            f"took longer than {limits.fetch_s:g} s" if late.is_set() else f"gave no picture: {type(error).__name__}"
+        )
+        raise _refused(f"{host} {reason}") from error
     finally:
+        timer.cancel()
         connection.close()
+
+
+def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
+    """End a connection from outside, whatever it waits for."""
+    late.set()
+    if connection.sock is not None:
+        with suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _refused(message: str) -> RefusedError:

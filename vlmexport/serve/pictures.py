@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import BadInputError
-from vlmexport.runtime.prompt import read_image
+from vlmexport.runtime.prompt import DAMAGED, read_image
 from vlmexport.serve.fetch import fetch
 from vlmexport.serve.limits import Limits
 from vlmexport.serve.refusal import RefusedError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _PARAM = "messages"
+# What browsers and cameras make. Others are not needed, and some of their readers decode at once or start programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def picture_files(urls: Sequence[str], allowed: Collection[str], limits: Limits) -> tuple[bytes, ...]:
@@ -41,7 +43,7 @@ def picture_files(urls: Sequence[str], allowed: Collection[str], limits: Limits)
 def decoded(files: Sequence[bytes]) -> list[Image]:
     """The pictures as upright RGB. Raises `RefusedError` for damaged ones."""
     try:
-        return [read_image(io.BytesIO(data), f"picture {number}") for number, data in enumerate(files, start=1)]
+        return [read_image(io.BytesIO(data), f"picture {n}", FORMATS) for n, data in enumerate(files, start=1)]
     except BadInputError as error:
         raise RefusedError(400, str(error), _PARAM) from error
 
@@ -65,9 +67,10 @@ def _pixels(data: bytes) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 return picture.width * picture.height
     except Image.DecompressionBombError as error:
         raise RefusedError(400, "a picture has too many pixels", _PARAM) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RefusedError(400, "what was sent as a picture is none that can be read", _PARAM) from error
+    except DAMAGED as error:
+        known = ", ".join(FORMATS)
+        raise RefusedError(400, f"what was sent as a picture is none that can be read ({known})", _PARAM) from error

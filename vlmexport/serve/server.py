@@ -2,22 +2,28 @@
 
 What is bounded: connections, time of a silent client, size of a body, bytes and number of requests that wait, and what
 a picture may be (`Limits`). One answer is made at a time. Only names of this machine are answered where the server
-listens on it alone: a page elsewhere cannot reach it through a name of its own (DNS rebinding).
+listens on it alone: a page elsewhere cannot reach it through a name of its own (DNS rebinding). A client that does not
+take what it is sent, or is gone, loses its turn.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
+from vlmexport.errors import VlmExportError
 from vlmexport.serve.chat import ChatRequest, Reply, parse_request
 from vlmexport.serve.compare import Original
 from vlmexport.serve.engine import Engine
@@ -27,6 +33,8 @@ from vlmexport.serve.pictures import decoded, picture_files
 from vlmexport.serve.refusal import RefusedError
 from vlmexport.serve.turns import Turns
 
+_PIECE = 1 << 18
+_LINGER_S, _LINGER_BYTES = 3.0, 100_000_000
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -60,7 +68,9 @@ class Server(ThreadingHTTPServer):
         self.turns = Turns(service.limits)
         self.local = address[0] in LOCAL_NAMES
         self._free = threading.BoundedSemaphore(service.limits.connections)
+        self._reading: dict[socket.socket, float] = {}
         super().__init__(address, _Handler)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the client, or none where there are too many."""
@@ -80,6 +90,23 @@ class Server(ThreadingHTTPServer):
         finally:
             self._free.release()
 
+    def reads(self, client: socket.socket, *, done: bool) -> None:
+        """A client begins to send its request, or has sent it: until then it has `Limits.request_s`."""
+        if done:
+            self._reading.pop(client, None)
+        else:
+            self._reading[client] = time.monotonic() + self.service.limits.request_s
+
+    def _watch(self) -> None:
+        """Let clients go that take too long to say what they want, however they stretch it."""
+        while self.fileno() >= 0:
+            time.sleep(min(self.service.limits.request_s / 4, 1.0))
+            now = time.monotonic()
+            for client, end in list(self._reading.items()):
+                if now > end:
+                    with suppress(OSError):
+                        client.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no error of the server."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
@@ -88,13 +115,22 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    streaming = False
     server_version = "vlmexport"
     sys_version = ""
     server: Server
 
     def setup(self) -> None:
         super().setup()
-        self.connection.settimeout(self.server.service.limits.idle_s)
+        self.connection.settimeout(self.server.service.limits.request_s)
+
+    def handle_one_request(self) -> None:
+        """One request, which has to arrive in time."""
+        self.server.reads(self.connection, done=False)
+        try:
+            super().handle_one_request()
+        finally:
+            self.server.reads(self.connection, done=True)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what is asked is the user's."""
@@ -108,9 +144,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             self._check_host()
+            self._check_framing()
             work()
         except RefusedError as refusal:
             self._refuse(refusal)
+        except (ConnectionError, TimeoutError):
+            raise
+        # The border of the server: whatever is left is our bug, and becomes an answer and a line in the log.
+        except Exception as error:
+            self.close_connection = True
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if not self.streaming:
+                self._refuse(RefusedError(500, f"internal error: {type(error).__name__}"))
+
+    def _check_framing(self) -> None:
+        if self.headers.get("Transfer-Encoding"):
+            raise RefusedError(411, "a body comes with Content-Length here, not in chunks")
 
     def _check_host(self) -> None:
         name = host_name(self.headers.get("Host", ""))
@@ -118,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(403, f"this server answers to localhost, not to {name!r}")
 
     def _get(self) -> None:
+        self.server.reads(self.connection, done=True)
+        self.close_connection |= self.headers.get("Content-Length", "0") != "0"
         path = self.path.partition("?")[0]
         if path in _FILES:
             name, kind = _FILES[path]
@@ -138,29 +189,46 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in ("/v1/chat/completions", "/api/compare"):
             raise RefusedError(404, f"there is no {path} here")
         length = self._length()
-        with self.server.turns.room_for(length):
-            request = parse_request(self._body(length), self.server.service.limits)
+        with self.server.turns.room() as take:
+            request = parse_request(self._body(length, take), self.server.service.limits)
             files = picture_files(request.urls, self.server.service.allowed_hosts, self.server.service.limits)
             with self.server.turns.turn():
+                self.stop_if_gone()
                 answer = self._complete if path == "/v1/chat/completions" else self._compare
                 answer(request, files)
+
+    def stop_if_gone(self) -> None:
+        """Raise `ConnectionAbortedError` when the client has hung up: nobody waits for the rest of the answer."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError
 
     def _length(self) -> int:
         if self.headers.get_content_type() != "application/json":
             raise RefusedError(415, "the body must be application/json")
         text, limit = self.headers.get("Content-Length", ""), self.server.service.limits.body_bytes
-        if not text.isdigit():
-            raise RefusedError(411, "the request has no Content-Length")
+        if not re.fullmatch("[0-9]{1,12}", text):
+            raise RefusedError(411, "the request has no Content-Length that is a number")
         if int(text) > limit:
             raise RefusedError(413, f"the body has {text} bytes; the limit is {limit}")
         return int(text)
 
-    def _body(self, length: int) -> Any:
-        data = self.rfile.read(length)
-        if len(data) < length:
-            raise ConnectionAbortedError
+    def _body(self, length: int, take: Callable[[int], None]) -> Any:
+        pieces, missing, values = [], length, 0
+        while missing:
+            piece = self.rfile.read(min(missing, _PIECE))
+            if not piece:
+                raise ConnectionAbortedError
+            take(len(piece))
+            pieces.append(piece)
+            missing -= len(piece)
+            values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
+        self.server.reads(self.connection, done=True)
+        if values > self.server.service.limits.values:
+            limit = self.server.service.limits.values
+            raise RefusedError(400, f"the body has about {values} values; the limit is {limit}")
         try:
-            return json.loads(data)
+            return json.loads(b"".join(pieces))
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             raise RefusedError(400, f"the body is not valid JSON: {error}") from error
 
@@ -168,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         service, pictures = self.server.service, decoded(files)
         reply = Reply.of(service.name)
         if not request.stream:
-            spoken = service.engine.speak(request.messages, pictures, request.sampling, lambda text: None)
+            gone = self.stop_if_gone
+            spoken = service.engine.speak(request.messages, pictures, request.sampling, lambda text: gone())
             self._json(200, reply.whole(spoken.text, spoken.finish, spoken.usage))
             return
         events = _Events(self, lambda: reply.chunk({"role": "assistant", "content": ""}))
@@ -206,16 +275,27 @@ class _Handler(BaseHTTPRequestHandler):
                 if service.original is not None:
                     parts = service.original.differences(service.engine, request.messages, pictures)
                     events.send({"parts": [asdict(part) for part in parts]})
-        except RefusedError as refusal:
-            if not events.begun:
+        except (RefusedError, VlmExportError) as error:
+            if not events.begun and isinstance(error, RefusedError):
                 raise
-            events.send({"error": refusal.message})
+            events.send({"error": getattr(error, "message", "") or str(error)})
         events.end()
 
     def _refuse(self, refusal: RefusedError) -> None:
         self.close_connection = True  # what is left of the body is not read
         headers = {"Retry-After": str(refusal.retry_s)} if refusal.retry_s else {}
         self._json(refusal.status, refusal.to_dict(), headers)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Take in a little of what the client still sends, so that it comes to read the answer."""
+        end, left = time.monotonic() + _LINGER_S, _LINGER_BYTES
+        with suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_LINGER_S / 2)
+            while left > 0 and time.monotonic() < end and (piece := self.connection.recv(_PIECE)):
+                left -= len(piece)
 
     def _json(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(body).encode(), "application/json", headers)
@@ -245,6 +325,7 @@ class _Events:
 
     def __init__(self, handler: _Handler, first: Callable[[], dict[str, Any]]) -> None:
         self._handler, self._first = handler, first
+        self._stalled = 0.0
         self.begun = False
 
     def send(self, data: dict[str, Any]) -> None:
@@ -252,6 +333,8 @@ class _Events:
         if not self.begun:
             self.begun = True
             handler = self._handler
+            handler.streaming = True
+            handler.connection.settimeout(handler.server.service.limits.stalled_s)
             handler.send_response(HTTPStatus.OK)
             handler.common_headers("text/event-stream")
             handler.send_header("Transfer-Encoding", "chunked")
@@ -267,7 +350,12 @@ class _Events:
 
     def _line(self, text: str) -> None:
         event = f"data: {text}\n\n".encode()
+        start = time.monotonic()
         self._handler.wfile.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
+        self._stalled += time.monotonic() - start
+        if self._stalled > self._handler.server.service.limits.stalled_s:
+            raise TimeoutError  # a client that does not read holds up everybody else
+        self._handler.stop_if_gone()
 
 
 def _tell(events: _Events, side: str) -> Callable[[str], None]:

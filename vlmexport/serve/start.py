@@ -13,6 +13,9 @@ from vlmexport.serve.hosts import listening
 from vlmexport.serve.limits import Limits
 from vlmexport.serve.server import Server, Service
 
+# Beside those that wait: pages, refusals, clients that still send.
+_MORE_CONNECTIONS = 128
+
 
 def start_server(
     path: Path,
@@ -28,7 +31,11 @@ def start_server(
     """Open the export in `path` and listen on `address`; see `vlmexport.api.make_server`."""
     artifact = open_artifact(path, check_hashes=False)
     original = Original(artifact, model, trust_remote_code=trust_remote_code) if compare else None
-    limits = Limits() if waiting is None else dataclasses.replace(Limits(), waiting=waiting)
+    limits = (
+        Limits()
+        if waiting is None
+        else dataclasses.replace(Limits(), waiting=waiting, connections=waiting + _MORE_CONNECTIONS)
+    )
     engine = open_engine(artifact, threads)
     service = Service(path.resolve().name, engine, facts(artifact), original, allowed_hosts, limits)
     return listening(lambda: Server(address, service), *address, "--port or --host")

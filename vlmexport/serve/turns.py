@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vlmexport.serve.limits import Limits
@@ -27,17 +27,25 @@ class Turns:
         return len(self._queue)
 
     @contextmanager
-    def room_for(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes of the budget for request bodies, from before they are read."""
-        with self._changed:
-            if self._bytes + size > self._limits.waiting_bytes:
-                raise RefusedError(503, "the server holds as many requests as it has memory for; try again", retry_s=5)
-            self._bytes += size
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """Hold bytes of the budget for request bodies: what is yielded takes so many more, as they arrive."""
+        held = 0
+
+        def take(size: int) -> None:
+            nonlocal held
+            with self._changed:
+                if self._bytes + size > self._limits.waiting_bytes:
+                    raise RefusedError(
+                        503, "the server holds as many requests as it has memory for; try again", retry_s=5
+                    )
+                self._bytes += size
+                held += size
+
         try:
-            yield
+            yield take
         finally:
             with self._changed:
-                self._bytes -= size
+                self._bytes -= held
 
     def _wait(self, me: object, end: float) -> None:
         while self._queue[0] is not me:
