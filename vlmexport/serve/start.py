@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from vlmexport.manifest import open_artifact
+from vlmexport.runtime.text_only import require_text
 from vlmexport.serve.compare import Original
 from vlmexport.serve.engine import open_engine
 from vlmexport.serve.facts import facts
@@ -30,6 +31,7 @@ def start_server(
 ) -> Server:
     """Open the export in `path` and listen on `address`; see `vlmexport.api.make_server`."""
     artifact = open_artifact(path, check_hashes=False)
+    require_text(artifact)
     original = Original(artifact, model, trust_remote_code=trust_remote_code) if compare else None
     limits = (
         Limits()
