@@ -122,6 +122,28 @@ def test_what_computes_otherwise_is_refused() -> None:
         found(third)
 
 
+def _limited(self: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Plain gated experts, but for `expert_limits`: the largest value of each one's gate."""
+    out = torch.zeros_like(hidden)
+    for expert in chosen.unique().tolist():
+        token, place = torch.where(chosen == expert)
+        gate, up = (hidden[token] @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+        made = self.act_fn(gate.clamp(max=self.expert_limits[expert])) * up @ self.down_proj[expert]
+        out.index_add_(0, token, made * weights[token, place, None])
+    return out
+
+
+@pytest.mark.parametrize("limits", [(7.0,) * 5, (5e3,) * 5, (float("inf"),) * 4 + (7.0,)])
+def test_a_limit_that_only_large_rows_reach_is_refused_in_any_expert(limits: tuple[float, ...]) -> None:
+    module = aria()
+    module.__class__ = type("Limited", (type(module),), {"forward": _limited})
+    module.expert_limits = (float("inf"),) * 5
+    assert found(module).transposed
+    module.expert_limits = limits
+    with pytest.raises(UnsupportedModelError, match=r"experts \(Limited, 5 experts\) computes something else than two"):
+        found(module)
+
+
 def test_rows_of_zeros_must_give_zeros_where_experts_take_all_rows() -> None:
     module = llama4()
     module.act_fn = nn.Identity()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from vlmexport.split.matrices import PACKED_AXES
 from vlmexport.split.names import module_path
 
 _LIMIT = 1e-5
-_TOKENS, _EXPERTS = 3, 4
+# Every expert gets rows of each of these sizes: a clamp shows only on large ones.
+_SIZES = (1.0, 1e2, 1e4)
 _ROUTED_INPUTS, _MATRICES = 3, 2
 Gate = Callable[[torch.Tensor], torch.Tensor]
 Watch = Callable[[str, int, torch.Tensor], None]
@@ -81,15 +82,17 @@ class ExpertForm:
         return rows
 
 
-def find_expert_forms(decoder: nn.Module) -> dict[nn.Module, ExpertForm]:
+def find_expert_forms(decoder: nn.Module, among: Collection[nn.Module] | None = None) -> dict[nn.Module, ExpertForm]:
     """The modules of `decoder` that own packed experts, each with what it was shown to compute.
+
+    `among`: look at these modules alone (None: all).
 
     Raises `UnsupportedModelError` naming the first whose numbers no known form reproduces.
     """
     found: dict[nn.Module, ExpertForm] = {}
     with torch.no_grad(), eager_experts(decoder):
         for path, module in decoder.named_modules():
-            if _packed(module):
+            if _packed(module) and (among is None or module in among):
                 found[module] = _form(path, module)
     return found
 
@@ -122,13 +125,16 @@ def with_packed_experts(
     Experts that are not in `weights` stay as they are.
     """
     packed = packed_parameters(model, decoder)
-    if not packed:
+    split = {name: name.rpartition(".") for name in weights}
+    given = {parameter for parameter, _, number in split.values() if parameter in packed and number.isdecimal()}
+    if not given:
         return dict(weights)
-    turned = transposed_parameters(model, find_expert_forms(decoder))
+    owners = {model.get_submodule(parameter.rpartition(".")[0]) for parameter in given}
+    turned = transposed_parameters(model, find_expert_forms(decoder, owners))
     found: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
-        parameter, _, number = name.rpartition(".")
-        if parameter not in packed or not number.isdecimal():
+        parameter, _, number = split[name]
+        if parameter not in given or not number.isdecimal():
             found[name] = tensor
             continue
         whole = found.setdefault(parameter, packed[parameter].clone())
@@ -148,10 +154,9 @@ def _form(path: str, module: nn.Module) -> ExpertForm:
     count = next(iter(packed.values())).shape[0]
     routed = len(inspect.signature(module.forward).parameters) == _ROUTED_INPUTS
     if len(own) == len(packed) == _MATRICES:
-        # A few experts show how all of them compute; a copy of all would be large.
-        few = {name: p.detach()[:_EXPERTS].float() for name, p in packed.items()}
+        numbers = {name: _numbers(p.shape) for name, p in packed.items()}
         for form in _candidates(module, packed, count, routed):
-            if _matches(module, few, form):
+            if _matches(module, numbers, form):
                 return form
     raise UnsupportedModelError(
         f"{path} ({type(module).__name__}, {count} experts) computes something else than two products with a gate or "
@@ -196,23 +201,34 @@ def _neighbours(act: Gate) -> Gate:
     return lambda rows: act(rows[..., ::2]) * rows[..., 1::2]
 
 
-def _matches(module: nn.Module, few: dict[str, torch.Tensor], form: ExpertForm) -> bool:
-    """Does `form` give the module's numbers on random rows, with its first experts?"""
+def _numbers(shape: torch.Size) -> torch.Tensor:
+    """Random matrices of `shape` ``[E, N, K]``, unlike each other, in the memory of one: each starts a value later."""
+    experts, rows, columns = shape
+    generator = torch.Generator().manual_seed(rows + columns)
+    values: torch.Tensor = torch.randn(rows * columns + experts, generator=generator) / columns**0.5
+    return values.as_strided((experts, rows, columns), (1, columns, 1))
+
+
+def _matches(module: nn.Module, numbers: dict[str, torch.Tensor], form: ExpertForm) -> bool:
+    """Does `form` give the module's numbers on random rows of every size, in all of its experts?"""
     generator = torch.Generator().manual_seed(0)
-    count = few[form.up].shape[0]
-    rows = torch.randn(_TOKENS if form.routed else count * _TOKENS, form.inputs, generator=generator)
+    count, repeats = form.experts, len(_SIZES)
+    # Experts that take all rows have theirs in a run; routed rows go to each expert and the next one.
+    sizes = torch.tensor(_SIZES).repeat_interleave(count) if form.routed else torch.tensor(_SIZES).repeat(count)
+    rows = torch.randn(len(sizes), form.inputs, generator=generator) * sizes[:, None]
     given: tuple[torch.Tensor, ...] = (rows,)
     if form.routed:
-        order = torch.rand(_TOKENS, count, generator=generator).argsort(dim=1)
-        given = (rows, order[:, : min(2, count)], torch.rand(_TOKENS, min(2, count), generator=generator) + 0.1)
+        first = torch.arange(count).repeat(repeats)
+        chosen = torch.stack([(first + more) % count for more in range(min(2, count))], dim=1)
+        given = (rows, chosen, torch.rand(chosen.shape, generator=generator) + 0.1)
     try:
-        wanted = torch.func.functional_call(module, few, given)
-        got = form.run(few, given)
+        wanted = torch.func.functional_call(module, numbers, given)
+        got = form.run(numbers, given)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
-    if got.shape != wanted.shape or not _close(got, wanted):
+    if got.shape != wanted.shape or not all(_close(got[sizes == size], wanted[sizes == size]) for size in _SIZES):
         return False
-    return form.routed or not bool(form.run(few, (torch.zeros_like(rows),)).any())
+    return form.routed or not bool(form.run(numbers, (torch.zeros_like(rows),)).any())
 
 
 def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
