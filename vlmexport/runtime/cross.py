@@ -13,7 +13,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.runtime.decoder import DecoderSession
 from vlmexport.runtime.protocol import Array, Cache, Extras
 from vlmexport.runtime.sessions import PartSession
-from vlmexport.runtime.tiles import last_rows, missing_tiles
+from vlmexport.runtime.tiles import check_states, last_rows, missing_tiles
 
 Ids = NDArray[np.int64]
 
@@ -32,7 +32,10 @@ class CrossDecoder:
     def prefill(
         self, sequence: Array, attention_mask: Ids, keep: int, reserve: int, extras: Extras | None = None
     ) -> tuple[Array, Cache]:
-        """Start a batch; see `Runner.prefill`. An encoder-decoder gives the logits of each answer's first token."""
+        """Start a batch; see `Runner.prefill`. An encoder-decoder gives the logits of each answer's first token.
+
+        Raises `BadInputError` for features without their mask, or a mask of tiles without features.
+        """
         if self.spec.decoder_start_token_id is None:
             return self._prefill_tokens(sequence, attention_mask, keep, reserve, dict(extras or {}))
         if extras:
@@ -49,6 +52,7 @@ class CrossDecoder:
     def _prefill_tokens(
         self, sequence: Array, attention_mask: Ids, keep: int, reserve: int, extras: dict[str, Array]
     ) -> tuple[Array, Cache]:
+        check_states(extras)
         batch, tokens = attention_mask.shape
         states = extras.pop(STATES, None)
         if states is None:

@@ -51,6 +51,20 @@ def stacked_states(rows: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     return {STATES: np.concatenate(states), TILE_MASK: np.concatenate(masks)}
 
 
+def check_states(extras: Mapping[str, Array]) -> None:
+    """Refuse features without the mask that says who sees them, or a mask of seen tiles without their features.
+
+    A mask of `MISSING` alone needs no features: that is a prompt without pictures. Raises `BadInputError`.
+    """
+    mask = extras.get(TILE_MASK)
+    if STATES in extras and mask is None:
+        raise BadInputError(f"{STATES} came without {TILE_MASK}, which says what tokens see of them: give both")
+    if STATES not in extras and mask is not None and bool((mask != MISSING).any()):
+        raise BadInputError(
+            f"{TILE_MASK} has {int((mask != MISSING).any(axis=1).sum())} tiles and {STATES} is not there: give both"
+        )
+
+
 def missing_tiles(batch: int, tokens: int, tiles: int) -> Array:
     """The mask of prompts without pictures, int64 ``[batch, tokens, tiles]``."""
     return np.full((batch, tokens, tiles), MISSING, np.int64)

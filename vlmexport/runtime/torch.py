@@ -27,7 +27,7 @@ from vlmexport.runtime.protocol import (
     next_shift,
     no_per_layer,
 )
-from vlmexport.runtime.tiles import last_rows
+from vlmexport.runtime.tiles import check_states, last_rows
 from vlmexport.runtime.torch_cross import encoded, plain_merge, tile_arguments
 from vlmexport.runtime.torch_rows import RowCaches, decode_rows, prefill_rows
 from vlmexport.split.decoder import DecoderPart, text_decoder
@@ -125,6 +125,7 @@ class TorchRunner:
     ) -> tuple[Array, Cache]:
         """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
         del reserve
+        check_states(extras or {})
         if len(attention_mask) > 1 and self._row_by_row:
             return prefill_rows(self, inputs_embeds, attention_mask, keep, extras)
         mask = torch.from_numpy(attention_mask)
