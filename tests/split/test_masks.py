@@ -130,7 +130,8 @@ def test_a_layer_that_makes_a_mask_of_its_own_is_refused(tiny_llava: Path, monke
 
     def open_block(*args: Any, **kwargs: Any) -> Any:
         mask = real(*args, **kwargs)
-        mask[..., 2, 4] = 0.0
+        if mask.shape[-1] > 4:  # the look at the cache has fewer tokens
+            mask[..., 2, 4] = 0.0
         return mask
 
     monkeypatch.setattr(masking_utils, "eager_mask", open_block)

@@ -21,6 +21,10 @@ def states_function(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Cal
 
     The decoder does not run. Raises `UnsupportedModelError` for a decoder that is given none.
     """
+    if not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: the model has no get_image_features and no get_decoder"
+        )
     decoder = text_decoder(model)
     hidden = decoder.config.get_text_config().hidden_size
 
