@@ -142,6 +142,8 @@ def test_lineage_is_valid_yaml_of_the_source(tmp_path: Path) -> None:
     assert found == {"license": "other", "license_name": "x", "language": ["en", "de"], "base_model": "a/b"}
     found = yaml.safe_load("\n".join(lineage(tmp_path / "README.md", "owner/model@main")))
     assert (found["base_model"], found["base_model_relation"]) == ("owner/model", "quantized")
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n", encoding="utf-8-sig")
+    assert yaml.safe_load("\n".join(lineage(tmp_path / "README.md", str(tmp_path))))["license"] == "other"
     (tmp_path / "README.md").write_text("---\n: : [\n---\n")
     assert lineage(tmp_path / "README.md", "demo") == []
 

@@ -99,7 +99,7 @@ def _header(readme: Path) -> dict[str, Any]:
 
     if not readme.is_file():
         return {}
-    text = readme.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = readme.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if not text or text[0].strip() != "---" or "---" not in text[1:]:
         return {}
     try:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.model.load import load_vlm
+from vlmexport.model.wrapped import wrapping_class
 
 Tensors = dict[str, torch.Tensor]
 
@@ -164,3 +165,16 @@ def test_a_config_with_a_wrong_value_is_refused(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInputError, match="idefics3"):
         load_vlm(str(copy))
+
+
+def test_a_class_that_transformers_lacks_wraps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "auto_map": {}}')
+    assert wrapping_class(tmp_path) is None
+
+
+def test_an_unknown_class_without_a_model_type_is_one_clear_line(copy: Path) -> None:
+    edit_config(copy, model_type=None, architectures=["NoSuchModel"], auto_map={"AutoModel": "modeling.NoSuchModel"})
+    for trust in (False, True):
+        with pytest.raises((BadInputError, UnsupportedModelError)) as caught:
+            load_vlm(str(copy), trust_remote_code=trust)
+        assert "NoneType" not in str(caught.value) and "\n" not in str(caught.value)

@@ -27,7 +27,7 @@ def wrapping_class(path: Path) -> Any:
         return None
     found: Any = getattr(transformers, name, None)
     kind: Any = getattr(found, "config_class", None)
-    if getattr(kind, "model_type", None) != config.get("model_type") or not kind.sub_configs_defaults:
+    if kind is None or getattr(kind, "model_type", None) != config.get("model_type") or not kind.sub_configs_defaults:
         return None
     if issubclass(found, transformers.GenerationMixin):
         return None
