@@ -35,13 +35,29 @@ def test_inspect_prints_the_states_and_no_int8_cache_where_layers_differ() -> No
     def told(kv: KVGeometry) -> str:
         recipe = Recipe(8, 32, True, "vlmexport onnx", "small")
         report = InspectReport(
-            "m", "M", "m", "float32", 1, (), False, None, None, 4, {}, "no pictures", cache_report(kv), (), recipe
+            "m",
+            "M",
+            "m",
+            "float32",
+            1,
+            (),
+            False,
+            None,
+            None,
+            4,
+            {},
+            "no pictures",
+            cache_report(kv),
+            (),
+            recipe,
+            split_notes=("videos are left out",),
         )
         console = Console(record=True, width=200, file=io.StringIO())
         print_report(report, console)
         return console.export_text()
 
     mixed = told(MIXED)
+    assert "videos are left out" in mixed
     assert "KV cache (FP16): 1 of 3 layers x 2 heads x 4: 32 B per token" in mixed
     assert "states (FP16): 96 B for each sequence, however long it is" in mixed
     assert "--kv-cache int8" not in mixed

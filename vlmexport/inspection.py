@@ -94,7 +94,7 @@ class InspectReport:
 
     `quantized` describes the codes of a checkpoint that came quantized (``gptq 4-bit g128 sym``), `quantized_notes`
     what of its recipe an export does not carry on; `lora` is the adapter that was merged, `lora_notes` what to know of
-    it.
+    it. `split_notes`: what the model takes and an export does not.
     """
 
     model: str
@@ -116,6 +116,7 @@ class InspectReport:
     quantized_notes: tuple[str, ...] = ()
     lora: str | None = None
     lora_notes: tuple[str, ...] = ()
+    split_notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report with the keys of the CLI reference."""
@@ -160,6 +161,7 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         quantized_notes=() if vlm.quantized is None else vlm.quantized.notes,
         lora=None if vlm.lora is None else f"{vlm.lora.source}, {len(vlm.lora.changed)} weights changed",
         lora_notes=() if vlm.lora is None else vlm.lora.notes,
+        split_notes=() if split is None else split.notes,
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,8 +154,25 @@ def test_a_rule_that_is_not_the_models_is_not_taken(zooed: Zooed, monkeypatch: p
     monkeypatch.setattr(videos, "_candidates", lambda _vlm: [wrong])
     roles = list(zooed.split.parts.values())
     merge = dataclasses.replace(zooed.split.merge, video=None)
-    found = videos.with_videos(zooed.vlm, merge, (roles[0], roles[1]), zooed.examples[0])
+    found, notes = videos.with_videos(zooed.vlm, merge, (roles[0], roles[1]), zooed.examples[0])
     assert found.video is None
+    assert len(notes) == 1 and notes[0].startswith("videos are left out, pictures are not: ")
+
+
+def _refused(*_: object) -> None:
+    raise TypeError("no such\nargument")
+
+
+def test_what_a_model_raises_for_a_video_is_kept_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videos, "_prompt", lambda *_: {})
+    monkeypatch.setattr(videos, "capture_decoder_call", _refused)
+    monkeypatch.setattr(videos, "_candidates", lambda _vlm: [VideoSpec(6), VideoSpec(6, each_frame=True)])
+    merge, example = MergeSpec(5, position="mrope"), {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    given: Any = (SimpleNamespace(model=None), merge, (), example)
+    reason = "for the layouts that are known, the model raises TypeError: no such argument"
+    assert videos.with_videos(*given) == (merge, (f"videos are left out, pictures are not: {reason}",))
+    monkeypatch.setattr(videos, "_candidates", lambda _vlm: [])
+    assert videos.with_videos(*given) == (merge, ())
 
 
 _SPEC = MergeSpec(image_token_id=5, position="mrope", spatial_merge_size=2, video=VideoSpec(6))

@@ -75,6 +75,7 @@ def _facts(report: InspectReport) -> Iterator[str]:
         yield "the LM head is tied to the embedding: counted once here, a copy of its own in an export"
     if report.merge is not None:
         yield f"images: {report.merge} at token {report.image_token_id}, positions {report.positions}"
+    yield from (f"  {note}" for note in report.split_notes)
     for size, tokens in report.tokens_per_image.items():
         yield f"  a picture of {size} becomes {tokens} tokens"
     yield f"  {report.tokens_per_image_note}"

@@ -72,14 +72,14 @@ def _split(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Split:
     for example, call, rows in zip(examples, calls, features, strict=True):
         fixed = fixed_rows(projector.module)
         difference = max(difference, _merge_difference(vlm, merge, example, call, rows, fixed))
-    merge = with_videos(vlm, merge, (vision, projector), examples[0])
+    merge, notes = with_videos(vlm, merge, (vision, projector), examples[0])
     parts = {
         Role.VISION_ENCODER: vision,
         Role.PROJECTOR: projector,
         Role.EMBEDDING: embedding_part(vlm, text_decoder(vlm.model), examples, calls),
         **language.parts,
     }
-    return Split(parts, merge, difference, language.kv)
+    return Split(parts, merge, difference, language.kv, notes)
 
 
 def _language(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> LanguageParts:

@@ -55,10 +55,12 @@ class Part:
 class Split:
     """A model taken apart: its parts by role, how they merge, and the largest replay difference that was measured.
 
-    `kv` is what its decoder keeps from token to token, as a run of it showed.
+    `kv` is what its decoder keeps from token to token, as a run of it showed. `notes` are sentences on what the model
+    takes and the parts do not.
     """
 
     parts: dict[Role, Part]
     merge: MergeSpec
     replay_difference: float
     kv: KVGeometry
+    notes: tuple[str, ...] = ()

@@ -35,24 +35,37 @@ _KINDS = "mm_token_type_ids"
 _NOT_SO = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
 
 
-def with_videos(vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], example: Example) -> MergeSpec:
+def with_videos(
+    vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], example: Example
+) -> tuple[MergeSpec, tuple[str, ...]]:
     """`merge` with the place of videos, where positions and features of one are those of the rules that are known.
+
+    And a note that says why not, where the model takes videos and none of those rules is its own.
 
     `parts` are the vision encoder and the projector, whose features of a video's frames are compared with the model's;
     `example` is one of the whole model with a picture. Models that take no videos, or others, keep none.
     """
     if merge.position != "mrope" or GRID not in example:
-        return merge
+        return merge, ()
+    reasons = []
     for spec in _candidates(vlm):
         found = dataclasses.replace(merge, video=spec)
         prompt = _prompt(vlm, found, spec, example)
         try:
             call = capture_decoder_call(vlm.model, prompt)
-        except _NOT_SO:
+        except _NOT_SO as error:
+            reasons.append(f"the model raises {type(error).__name__}: {_one_line(error)}")
             continue
-        if _same_positions(found, prompt, call) and _same_features(vlm, found, parts, prompt, call):
-            return found
-    return merge
+        if not _same_positions(found, prompt, call):
+            reasons.append("its positions are not those counted from the grids")
+        elif not _same_features(vlm, found, parts, prompt, call):
+            reasons.append("its features are not those of the frames as pictures")
+        else:
+            return found, ()
+    tried = "; ".join(dict.fromkeys(reasons))
+    return merge, (
+        (f"videos are left out, pictures are not: for the layouts that are known, {tried}",) if tried else ()
+    )
 
 
 def _candidates(vlm: VLM) -> list[VideoSpec]:
@@ -124,6 +137,10 @@ def _same_features(vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], prompt:
         added = rows[:, hidden:].reshape(len(rows), merge.deepstack_layers, hidden).transpose(0, 1)
         pairs.append((added, dense_deepstack(call)[:, places]))
     return all(_close(got, wanted) for got, wanted in pairs)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or "no message"
 
 
 def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
