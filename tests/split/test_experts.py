@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.calibrate.decoders import make_decoder, part_of
+from tests.calibrate.decoders import VARIANTS, make_decoder, part_of
 from vlmexport.manifest import TensorSpec
 from vlmexport.split.experts import Experts, find_experts
 from vlmexport.split.parts import Part, Role, Signature
@@ -111,3 +111,12 @@ def test_the_gate_of_a_shared_expert_is_a_router_and_its_linears_are_not() -> No
         f"{block}shared_expert_gate.weight",
     }
     assert len(found.packed) == 4
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {**VARIANTS["shared_expert"], "shared_expert_intermediate_size": 4}
+    monkeypatch.setitem(VARIANTS, "shared_expert", narrow)
+    model = make_decoder("shared_expert")
+    found = find_experts(model, decoder_part(model))
+    names = {"gate.weight", "shared_expert_gate.weight"}
+    assert found.routers == {LAYER.format(i) + name for i in range(2) for name in names}

@@ -76,14 +76,27 @@ def _first_tokens(part: Part) -> dict[str, torch.Tensor]:
 
 
 def routers_beside(model: nn.Module, packed: dict[str, torch.Tensor]) -> frozenset[str]:
-    """Matrices with one row per expert, or one row, in the module around each packed parameter's own."""
+    """Matrices with one row per expert, or one row, in the module around each packed parameter's own.
+
+    Those of a shared expert that is as wide as there are experts are none: a matrix beside them takes what they make.
+    """
     found: set[str] = set()
     for name, experts in packed.items():
         around = name.rpartition(".")[0].rpartition(".")[0]
-        for local, parameter in model.get_submodule(around).named_parameters():
-            if parameter.ndim == PACKED_AXES - 1 and parameter.shape[0] in (1, experts.shape[0]):
+        parameters = model.get_submodule(around).named_parameters()
+        shapes = {local: p.shape for local, p in parameters if p.ndim == PACKED_AXES - 1}
+        for local, shape in shapes.items():
+            if shape[0] in (1, experts.shape[0]) and not _taken_beside(local, shapes):
                 found.add(f"{around}.{local}")
     return frozenset(found)
+
+
+def _taken_beside(local: str, shapes: dict[str, torch.Size]) -> bool:
+    """Does a matrix of the same inner module read as many values as the matrix `local` makes?"""
+    inner = local.rpartition(".")[0].rpartition(".")[0]
+    return bool(inner) and any(
+        shape[1] == shapes[local][0] for other, shape in shapes.items() if other.startswith(f"{inner}.")
+    )
 
 
 @contextmanager
