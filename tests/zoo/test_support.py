@@ -9,7 +9,7 @@ import pytest
 
 from tests.zoo.measure import FAMILIES, ONNX_LIMIT, prove
 from vlmexport.cli.main import run
-from vlmexport.split.capture import REPLAY_LIMIT
+from vlmexport.split.difference import REPLAY_LIMIT
 from vlmexport.support import STATES, TARGETS, support_markdown, support_table
 
 ROOT = Path(__file__).parent.parent.parent
