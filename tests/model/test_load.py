@@ -177,4 +177,4 @@ def test_an_unknown_class_without_a_model_type_is_one_clear_line(copy: Path) -> 
     for trust in (False, True):
         with pytest.raises((BadInputError, UnsupportedModelError)) as caught:
             load_vlm(str(copy), trust_remote_code=trust)
-        assert "NoneType" not in str(caught.value) and "\n" not in str(caught.value)
+        assert "None" not in str(caught.value) and "\n" not in str(caught.value)

@@ -63,7 +63,7 @@ def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = str(config.get("model_type", ""))
+    model_type = str(config.get("model_type") or "")
     remote = config.get("auto_map") or {}
     native = is_native(config)
     if not native and remote and not trust_remote_code:
