@@ -83,6 +83,18 @@ def test_an_unknown_command_is_refused(tmp_path: Path) -> None:
     assert (code, "command is 'rm -rf'; choose onnx, gguf or trt" in printed) == (2, True)
 
 
+def test_options_of_several_lines_all_count(tmp_path: Path) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "vlmexport").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (fake / "vlmexport").chmod(0o755)
+    values = inputs(model="a b", options="--quant awq\n--bits 4  $(rm -rf x)\n")
+    code, printed = run_step("Export", values, tmp_path, fake)
+    assert code == 0
+    wanted = "onnx|--model|a b|--out|vlmexport-out|--no-verify|--quant|awq|--bits|4|$(rm|-rf|x)|"
+    assert wanted in printed
+
+
 @pytest.mark.slow
 def test_export_verify_and_a_regression(tmp_path: Path) -> None:
     questions = few_questions(tmp_path)

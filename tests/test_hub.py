@@ -33,7 +33,7 @@ class Hub:
     """Remembers what it was asked; `error` is raised by everything."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.asked = error, []  # type: ignore[var-annotated]
+        self.error, self.asked, self.role = error, [], "write"  # type: ignore[var-annotated]
 
     def _note(self, name: str, **given: Any) -> None:
         if self.error is not None:
@@ -42,13 +42,13 @@ class Hub:
 
     def whoami(self) -> dict[str, str]:
         self._note("whoami")
-        return {"name": "me"}
+        return {"name": "me", "orgs": [{"name": "ours"}], "auth": {"accessToken": {"role": self.role}}}
 
     def create_repo(self, repo: str, **given: Any) -> None:
         self._note("create_repo", repo=repo, **given)
 
-    def upload_folder(self, **given: Any) -> SimpleNamespace:
-        self._note("upload_folder", **given)
+    def create_commit(self, **given: Any) -> SimpleNamespace:
+        self._note("create_commit", **given)
         return SimpleNamespace(commit_url="https://huggingface.co/me/my-export/commit/1")
 
 
@@ -56,13 +56,42 @@ def http_error(status: int) -> HfHubHTTPError:
     return HfHubHTTPError("no\nmore", response=SimpleNamespace(status_code=status, headers={}, request=None))  # type: ignore[arg-type]
 
 
-def test_a_folder_goes_up_as_one_commit(tmp_path: Path) -> None:
+def export_folder(folder: Path) -> Path:
+    """A folder that says what it is, with a file that is none of it."""
+    (folder / "decoder.onnx").write_bytes(b"graph")
+    (folder / ".env").write_text("secret")
+    manifest = {"source": {"model": "/home/me/secret/my-model"}, "files": {"decoder.onnx": {}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_files_of_the_export_go_up_as_one_commit(tmp_path: Path) -> None:
     api = Hub()
     assert check_target(TARGET, api) == "me"  # type: ignore[arg-type]
-    assert push_folder(tmp_path, TARGET, api) == "https://huggingface.co/me/my-export/commit/1"  # type: ignore[arg-type]
-    assert [name for name, _ in api.asked] == ["whoami", "create_repo", "upload_folder"]
+    address = push_folder(export_folder(tmp_path), TARGET, api)  # type: ignore[arg-type]
+    assert address == "https://huggingface.co/me/my-export/commit/1"
+    assert [name for name, _ in api.asked] == ["whoami", "create_repo", "create_commit"]
     assert api.asked[1][1] == {"repo": "me/my-export", "private": True, "exist_ok": True}
-    assert (api.asked[2][1]["repo_id"], api.asked[2][1]["folder_path"]) == ("me/my-export", tmp_path)
+    added = {op.path_in_repo: op.path_or_fileobj for op in api.asked[2][1]["operations"]}
+    assert added.keys() == {"decoder.onnx", "manifest.json"}
+    assert json.loads(added["manifest.json"])["source"]["model"] == "my-model"
+    assert "/home/me" in (tmp_path / "manifest.json").read_text()  # here nothing changes
+
+
+def test_a_file_outside_the_folder_does_not_go(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"../x": {}}}))
+    with pytest.raises(VlmExportError, match="outside"):
+        push_folder(tmp_path, TARGET, Hub())  # type: ignore[arg-type]
+
+
+def test_a_token_that_may_only_read_and_a_foreign_owner_are_refused_before_any_work() -> None:
+    api = Hub()
+    with pytest.raises(BadInputError, match=r"you are me, and them is none of \['me', 'ours'\]"):
+        check_target(HubTarget("them/x"), api)  # type: ignore[arg-type]
+    assert check_target(HubTarget("ours/x"), api) == "me"  # type: ignore[arg-type]
+    api.role = "read"
+    with pytest.raises(BadInputError, match="may only read"):
+        check_target(TARGET, api)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("repo", ["a b/c", "me/", "just-a-name", "me/../x"])
@@ -105,15 +134,16 @@ def test_an_export_is_pushed_and_an_unjudged_one_is_not(
     api = Hub()
     monkeypatch.setattr(hub, "_api", lambda given: api)
     out = tmp_path / "out"
-    fast = ["--quant", "rtn", "--group-size", "32", "--no-verify"]
-    assert run(["onnx", "--model", "demo", "--out", str(out), *fast, "--push-to-hub", "me/x"]) == 0
-    assert "Pushed to https://huggingface.co/me/my-export/commit/1" in capsys.readouterr().out
-    assert api.asked[-1][1]["folder_path"] == out
-    text = (out / "README.md").read_text()
-    assert "The gate has not judged this export" in text
+    fast = ["onnx", "--model", "demo", "--out", str(out), "--quant", "rtn", "--group-size", "32", "--no-verify"]
+    assert run([*fast, "--push-to-hub", "me/x"]) == 2
+    assert "--push-to-hub needs the gate" in capsys.readouterr().err
+    assert not api.asked
+    assert run(fast) == 0
+    assert "The gate has not judged this export" in (out / "README.md").read_text()
     assert run(["push", str(out), "me/x"]) == 2
     assert "has not been judged" in capsys.readouterr().err
     assert run(["push", str(out), "me/x", "--unverified"]) == 0
+    assert "Pushed to https://huggingface.co/me/my-export/commit/1" in capsys.readouterr().out
     (out / "README.md").write_text("changed")
     assert run(["push", str(out), "me/x", "--unverified"]) == 2
     assert "was changed after the export" in capsys.readouterr().err

@@ -10,6 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmexport.api_serving import check_hub as check_hub
+from vlmexport.api_serving import check_pushable as check_pushable
+from vlmexport.api_serving import make_server as make_server
+from vlmexport.api_serving import make_site as make_site
+from vlmexport.api_serving import make_site_server as make_site_server
+from vlmexport.api_serving import production_lines as production_lines
+from vlmexport.api_serving import push_to_hub as push_to_hub
+from vlmexport.api_serving import write_site as write_site
 from vlmexport.errors import BadInputError
 from vlmexport.progress import Progress, SilentProgress
 
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
     from vlmexport.doctor import DoctorReport
     from vlmexport.gguf_options import GgufOptions, GgufPlan
     from vlmexport.gguf_pipeline import GgufResult
-    from vlmexport.hub import HubTarget
     from vlmexport.inspection import InspectReport
     from vlmexport.lower.gguf.adapter import AdapterGguf
     from vlmexport.pipeline import ExportResult
@@ -30,14 +37,11 @@ if TYPE_CHECKING:
     from vlmexport.quantize_pipeline import CheckpointResult
     from vlmexport.runtime.generate import Answer
     from vlmexport.runtime.sampling import Sampling
-    from vlmexport.serve.server import Server
     from vlmexport.support import Support
     from vlmexport.trt_options import TrtOptions
     from vlmexport.trt_pipeline import TrtResult
     from vlmexport.trt_plan import TrtPlan
     from vlmexport.verify.result import ParityReport
-    from vlmexport.web.server import SiteServer
-    from vlmexport.web.site import Site
 
 
 def inspect_model(model: str, *, lora: str | None = None, trust_remote_code: bool = False) -> InspectReport:
@@ -129,7 +133,6 @@ def families(family: str | None = None) -> tuple[Support, ...]:
     """
     import difflib
 
-    from vlmexport.errors import BadInputError
     from vlmexport.support import support_table
 
     table = support_table()
@@ -426,101 +429,3 @@ def examine_machine() -> DoctorReport:
     from vlmexport.doctor import examine
 
     return examine()
-
-
-def check_hub(target: HubTarget) -> str:
-    """Say before any work whether `target` can be pushed to; the account's name. See `vlmexport.hub.check_target`."""
-    from vlmexport.hub import check_target
-
-    return check_target(target)
-
-
-def push_to_hub(path: Path, target: HubTarget) -> str:
-    """Upload the export in `path` to the hub; the commit's address. See `vlmexport.hub.push_folder`."""
-    from vlmexport.hub import push_folder
-
-    return push_folder(path, target)
-
-
-def check_pushable(path: Path, *, unverified: bool = False) -> None:
-    """Raise `BadInputError` unless `path` is an export with the files that it was made with.
-
-    Without `unverified` its gate must have run and be green; a quantized checkpoint counts as an export.
-    """
-    from vlmexport.hub import recorded_status
-
-    status = recorded_status(path)
-    if status == "passed" or unverified:
-        return
-    told = {None: "has not been judged (`--no-verify`)", "failed": "is red"}.get(status, f"says {status!r}")
-    raise BadInputError(f"{path}: the gate {told}; export again with the gate, or push with --unverified")
-
-
-def make_server(
-    path: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    compare: bool = True,
-    model: str | None = None,
-    allowed_hosts: Sequence[str] = (),
-    waiting: int | None = None,
-    threads: int = 0,
-    trust_remote_code: bool = False,
-) -> Server:
-    """The server of ``vlmexport serve`` for the export in `path`, listening; call its ``serve_forever``.
-
-    `compare` offers the original (`model`, or what it was made from) beside it. Raises `ArtifactError` for a folder
-    that is no export, `BadInputError` for an address that cannot be listened on.
-    """
-    from vlmexport.serve.start import start_server
-
-    return start_server(
-        path,
-        (host, port),
-        compare=compare,
-        model=model,
-        allowed_hosts=tuple(allowed_hosts),
-        waiting=waiting,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def production_lines(path: Path) -> list[str]:
-    """What to serve the export in `path` with for production."""
-    from vlmexport.manifest import open_artifact
-    from vlmexport.serve.production import production_lines as lines
-
-    return lines(open_artifact(path, check_hashes=False))
-
-
-def make_site(path: Path, *, transformersjs: Path | None = None, cdn: str | None = None) -> Site:
-    """The page that runs the export in `path` in a browser, with all its files.
-
-    `transformersjs` is the folder of the npm package (None: looked for in ``node_modules``), `cdn` a mirror of npm
-    packages to load it from instead. Raises `BadInputError` for an export of another layout, `NotPossibleHereError`
-    when transformers.js is not on this machine.
-    """
-    from vlmexport.web.library import find_library, mirror
-    from vlmexport.web.site import make_site as make
-    from vlmexport.web.site import open_web_export
-
-    if cdn is not None and transformersjs is not None:
-        raise BadInputError("--cdn and --transformersjs exclude each other")
-    artifact = open_web_export(path)
-    return make(artifact, find_library(transformersjs) if cdn is None else mirror(cdn))
-
-
-def write_site(site: Site, out: Path, *, force: bool = False) -> None:
-    """Write `site` into the folder `out` for any static host; `BadInputError` when it exists and `force` is False."""
-    from vlmexport.web.site import write_site as write
-
-    write(site, out, force=force)
-
-
-def make_site_server(site: Site, *, port: int = 8000) -> SiteServer:
-    """A server of `site` on 127.0.0.1, listening; call its ``serve_forever``. `port` 0 takes a free one."""
-    from vlmexport.web.server import start_server
-
-    return start_server(site, port)

@@ -75,8 +75,14 @@ def kept_table(manifest: Manifest) -> list[str]:
 def metadata(manifest: Manifest, source: Path) -> list[str]:
     """The card's header for the hub: library, task, tags, licence and lineage."""
     kept = lineage(source / "README.md", manifest.source["model"])
-    lines = ["---", "library_name: onnx", "pipeline_tag: image-text-to-text", "tags:", "- onnx", "- vlmexport"]
+    lines = ["---", "library_name: onnx", f"pipeline_tag: {_task(manifest)}", "tags:", "- onnx", "- vlmexport"]
     return [*lines, *kept, "---"]
+
+
+def _task(manifest: Manifest) -> str:
+    """The hub's name of what the model does."""
+    embeds = manifest.model.get("output") == "embeddings"
+    return "visual-document-retrieval" if embeds else "image-text-to-text"
 
 
 def lineage(readme: Path, model: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,16 +37,24 @@ def check_target(target: HubTarget, api: HfApi | None = None) -> str:
     if target.repo.count("/") != 1:
         raise BadInputError(f"--push-to-hub {target.repo!r} has no owner; give owner/name")
     try:
-        return str(_api(api).whoami()["name"])
+        account = _api(api).whoami()
     except LocalTokenNotFoundError as error:
         raise BadInputError("--push-to-hub needs a token of the hub: `hf auth login`, or HF_TOKEN") from error
     except (HTTPError, OSError) as error:
         raise _explained(error, target) from error
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise BadInputError("the token of the hub may only read; make one that may write")
+    owner, names = target.repo.split("/")[0], [account["name"], *(org["name"] for org in account.get("orgs", ()))]
+    if owner not in names:
+        raise BadInputError(f"--push-to-hub {target.repo}: you are {account['name']}, and {owner} is none of {names}")
+    return str(account["name"])
 
 
 def push_folder(folder: Path, target: HubTarget, api: HfApi | None = None) -> str:
-    """Upload everything in `folder` as one commit, making the repository where there is none; its address.
+    """Upload the files of the export in `folder` as one commit, making the repository where there is none; its address.
 
+    Only what the manifest lists goes, with the manifest, in which a local path of the original is its name alone.
     Raises as `check_target`; nothing on this machine changes.
     """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -53,12 +62,42 @@ def push_folder(folder: Path, target: HubTarget, api: HfApi | None = None) -> st
     hub = _api(api)
     try:
         hub.create_repo(target.repo, private=target.private, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=target.repo, folder_path=folder, commit_message=f"Export by vlmexport: {folder.name}"
+        commit = hub.create_commit(
+            repo_id=target.repo,
+            operations=_operations(folder),
+            commit_message=f"Export by vlmexport: {folder.name}",
         )
     except (HTTPError, OSError) as error:
         raise _explained(error, target) from error
     return str(getattr(commit, "commit_url", "") or f"https://huggingface.co/{target.repo}")
+
+
+def _operations(folder: Path) -> list[Any]:
+    """The files to add; every name is below `folder`."""
+    from huggingface_hub import CommitOperationAdd
+
+    from vlmexport.manifest import safe_join
+    from vlmexport.model.source import hub_id
+
+    name = manifest_name(folder)
+    data = json.loads((folder / name).read_text(encoding="utf-8"))
+    source = data.get("source", {})
+    if "model" in source and hub_id(str(source["model"])) is None:
+        source["model"] = Path(str(source["model"])).name
+    if source.get("lora"):
+        source["lora"]["path"] = Path(str(source["lora"]["path"])).name
+    files = {file: safe_join(folder, file) for file in data["files"]}
+    added = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()]
+    body = (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+    return [*added, CommitOperationAdd(path_in_repo=name, path_or_fileobj=body)]
+
+
+def manifest_name(folder: Path) -> str:
+    """The file that says what the export or the checkpoint in `folder` is."""
+    from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME
+    from vlmexport.manifest import MANIFEST_NAME
+
+    return CHECKPOINT_MANIFEST_NAME if (folder / CHECKPOINT_MANIFEST_NAME).is_file() else MANIFEST_NAME
 
 
 def recorded_status(folder: Path) -> str | None:

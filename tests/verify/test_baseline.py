@@ -17,8 +17,9 @@ TOP1 = Check("quantization/top1", "decoder", "quantization", "passed", "share >=
 LOSS = QuantizationSummary(kl=0.010, top1=0.980, perplexity_ratio=1.01, accuracy=0.92)
 
 
-def report(*checks: Check, summary: QuantizationSummary = LOSS) -> ParityReport:
-    return ParityReport(checks or (EXACT, KL, TOP1), quantization=summary)
+def report(*checks: Check, summary: QuantizationSummary = LOSS, questions: int = 100) -> ParityReport:
+    runtime = {"target": "cpu", "questions": questions}
+    return ParityReport(checks or (EXACT, KL, TOP1), quantization=summary, runtime=runtime)
 
 
 def changed(check: Check, value: float | None, status: Status = "passed") -> Check:
@@ -69,6 +70,19 @@ def test_the_summary_counts_too(tmp_path: Path) -> None:
     assert found == [f"baseline/summary/{key}" for key in ("kl", "top1", "perplexity_ratio", "accuracy")]
 
 
+def test_a_number_that_is_gone_is_red(tmp_path: Path) -> None:
+    gone = QuantizationSummary(kl=0.010, top1=0.980, perplexity_ratio=1.01, accuracy=None)
+    assert failures(report(changed(KL, None), EXACT, TOP1, summary=gone), tmp_path) == [
+        "baseline/quantization/kl",
+        "baseline/summary/accuracy",
+    ]
+
+
+def test_a_baseline_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="was made with questions 100, this report with 325"):
+        failures(report(questions=325), tmp_path)
+
+
 def test_a_check_that_no_longer_runs_is_red(tmp_path: Path) -> None:
     assert failures(report(EXACT, KL), tmp_path) == ["baseline/complete"]
     assert failures(report(EXACT, KL, changed(TOP1, None, "not_run")), tmp_path) == ["baseline/complete"]
@@ -89,6 +103,10 @@ def test_a_report_with_a_baseline_is_a_baseline(tmp_path: Path) -> None:
         ("{", "is not a report of `vlmexport verify --json`"),
         ("[]", "is not a report of `vlmexport verify --json`"),
         ('{"checks": [{"name": "x"}], "quantization": {}}', "is not a report of `vlmexport verify --json`"),
+        ('{"checks": [], "quantization": {}, "runtime": {}}', "'kl'.* is missing"),
+        ('{"checks": [], "quantization": null, "runtime": {}}', "is not a report of `vlmexport verify --json`"),
+        (json.dumps({**report().to_dict(), "checks": []}), "it has no checks with numbers"),
+        (json.dumps(report().to_dict()).replace("2e-06", '"x"'), "it has no checks with numbers"),
     ],
 )
 def test_what_is_no_report_is_refused(text: str | None, message: str, tmp_path: Path) -> None:

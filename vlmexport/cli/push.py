@@ -32,9 +32,12 @@ def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
             if private:
                 raise BadInputError("--private is for --push-to-hub REPO")
             return function(session, **values)
+        if not values["verify"]:
+            raise BadInputError("--push-to-hub needs the gate; without it, `vlmexport push DIR REPO --unverified`")
         target = HubTarget(repo, private)
         api.check_hub(target)
         outcome = function(session, **values)
+        api.check_pushable(values["out"])
         _push(session, values["out"], target)
         return outcome
 

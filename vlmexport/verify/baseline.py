@@ -20,6 +20,8 @@ from vlmexport.verify.result import Check, ParityReport, Question, Status
 
 NOISE = 0.01
 _KEYS = ("status", "metric", "value", "limit")
+# What must be the same for numbers to be comparable.
+_SAME = ("target", "questions")
 _PREFIX = "baseline/"
 _QUESTION: Question = "quantization"
 # Numbers of the summary beside the checks, and the side that is good. Accuracies are shares, the others as documented.
@@ -30,11 +32,12 @@ _SUMMARY_NOISE = {"kl": 1e-4, "top1": 1e-3, "perplexity_ratio": 1e-3, "accuracy"
 
 @dataclass(frozen=True)
 class Baseline:
-    """An earlier report: its file, its checks by name, and its summary of the quantization."""
+    """An earlier report: its file, its checks by name, its summary of the quantization, and of what it was made."""
 
     path: Path
     checks: Mapping[str, Mapping[str, Any]]
     quantization: Mapping[str, float | None]
+    made_of: Mapping[str, Any]
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -49,37 +52,51 @@ def read_baseline(path: Path) -> Baseline:
         every = {check["name"]: check for check in data["checks"]}
         checks = {name: check for name, check in every.items() if not name.startswith(_PREFIX)}
         numbers = {name: {key: check[key] for key in _KEYS} for name, check in checks.items()}
-        return Baseline(path, numbers, dict(data["quantization"]))
+        summary = {key: data["quantization"][key] for key in _SUMMARY}
+        made_of = {key: data["runtime"].get(key) for key in _SAME}
     except (TypeError, KeyError, AttributeError) as error:
-        raise BadInputError(f"{path} is not a report of `vlmexport verify --json`: it has no {error}") from error
+        raise BadInputError(f"{path} is not a report of `vlmexport verify --json`: {error!r} is missing") from error
+    values = [*summary.values(), *(check[key] for check in numbers.values() for key in ("value", "limit"))]
+    if not numbers or not all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in values):
+        raise BadInputError(f"{path} is not a report of `vlmexport verify --json`: it has no checks with numbers")
+    return Baseline(path, numbers, summary, made_of)
 
 
 def against_baseline(report: ParityReport, baseline: Baseline, max_regression: float) -> ParityReport:
     """`report` with one more check for each number that the baseline has, under ``baseline/``.
 
-    `max_regression` is the share by which a number may be worse than it was (0.05: 5 %).
+    `max_regression` is the share by which a number may be worse than it was (0.05: 5 %). Raises `BadInputError` for a
+    baseline of another target or other questions.
     """
+    for key, was in baseline.made_of.items():
+        found = report.runtime.get(key)
+        if was != found:
+            raise BadInputError(
+                f"{baseline.path} was made with {key} {was!r}, this report with {found!r}; make a new one"
+            )
     now = {check.name: check for check in report.checks}
     known = [(check, baseline.checks[name]) for name, check in now.items() if name in baseline.checks]
     made = [_compared(check, before, max_regression) for check, before in known]
     summary = report.to_dict()["quantization"]
     made += [_summary_check(key, summary.get(key), baseline.quantization.get(key), max_regression) for key in _SUMMARY]
-    found = [check for check in made if check is not None]
-    return dataclasses.replace(report, checks=(*report.checks, *found, _complete(now, baseline)))
+    judged = [check for check in made if check is not None]
+    return dataclasses.replace(report, checks=(*report.checks, *judged, _complete(now, baseline)))
 
 
 def _compared(check: Check, before: Mapping[str, Any], share: float) -> Check | None:
     """The check of one number; None where one of the reports has none."""
     old, limit = before["value"], before["limit"]
-    if check.value is None or old is None or limit is None or check.status == "not_run":
+    if old is None or limit is None or check.status == "not_run":
         return None
     good = "<=" if check.metric.endswith("<=") else ">="
-    return _judged(check.name, check.part, check.question, good, (check.value, old), share, NOISE * abs(limit))
+    value = math.nan if check.value is None else check.value
+    return _judged(check.name, check.part, check.question, good, (value, old), share, NOISE * abs(limit))
 
 
 def _summary_check(key: str, value: float | None, old: float | None, share: float) -> Check | None:
-    if value is None or old is None:
+    if old is None:
         return None
+    value = math.nan if value is None else value  # a number that is gone is no better than a bad one
     noise = _SUMMARY_NOISE[key]
     return _judged(f"summary/{key}", "decoder", _QUESTION, _SUMMARY[key], (value, old), share, noise)
 
