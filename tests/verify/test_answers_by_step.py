@@ -28,6 +28,7 @@ def test_steps_see_weights_that_only_steps_have(runner):
     """A prompt in one piece cannot: that is why exports with a prompt graph are judged by step."""
 
     class Split:
+        merge_spec = runner.merge_spec
         embed = staticmethod(runner.embed)
         prefill = staticmethod(runner.prefill)
 
