@@ -13,9 +13,10 @@ from typing import Literal, TypeAlias
 
 TARGETS = ("onnx", "tensorrt", "gguf")
 SUPPORT_NAME = "support.json"
-State: TypeAlias = Literal["verified", "runs", "refused", "unproven"]
+State: TypeAlias = Literal["verified", "differs", "runs", "refused", "unproven"]
 STATES: dict[State, str] = {
     "verified": "a tiny checkpoint of it is exported and gives PyTorch's numbers in the real runtime",
+    "differs": "it is exported and runs, and its numbers are further from PyTorch's than the limit",
     "runs": "it is exported and runs, and its numbers were not compared with PyTorch's",
     "refused": "the export stops, with the reason",
     "unproven": "nothing refuses it, and no test runs it",
