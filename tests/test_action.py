@@ -107,13 +107,13 @@ def test_export_verify_and_a_regression(tmp_path: Path) -> None:
     assert {file.name for file in reports.iterdir()} == {"junit.xml", "report.html", "report.json"}
     # The same export against its own report, and against one that was better.
     report = json.loads((reports / "report.json").read_text())
-    report["quantization"]["kl"] /= 2
+    report["quantization"]["perplexity_ratio"] *= 0.8
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps(report))
     code, printed = run_step("Verify", {**values, "baseline": str(baseline)}, tmp_path)
     assert (code, "worse than the baseline's" in printed) == (3, True), printed
     failed = ElementTree.parse(reports / "junit.xml").findall(".//testcase[failure]")
-    assert [case.get("name") for case in failed] == ["baseline/summary/kl"]
+    assert [case.get("name") for case in failed] == ["baseline/summary/perplexity_ratio"]
     code, printed = run_step("Verify", {**values, "baseline": str(baseline), "max-regression": "150%"}, tmp_path)
     assert code == 0, printed
 
