@@ -53,17 +53,28 @@ class StandardDialect(GrowingCache):
         self.shared["last_valid"] = tape.op("Max", [tape.op("Sub", [last, past]), zero])
 
     def _blocks(self, tape: Tape, inputs: dict[str, ir.Value], past: ir.Value) -> None:
-        """Which tokens share a block, and queries and keys counted in valid tokens: padding takes none of a window."""
-        new, one = inputs["block_ids"], tape.initializer(ir.tensor(1, dtype=_INT64, name="ranks.axis"))
-        rows, columns = (tape.initializer(ir.tensor([1, n], dtype=_INT64, name=f"ranks.{n}")) for n in (3, 2))
-        last = tape.initializer(ir.tensor([1], dtype=_INT64, name="ranks.last"))
-        ranks = tape.op("CumSum", [inputs["attention_mask"], one])
-        indices = tape.op("Squeeze", [self.shared["queries"], last])
+        """Which tokens share a block, and queries and keys counted in valid tokens."""
+        new = inputs["block_ids"]
+        queries, keys = self._ranks(tape)
         self.shared |= {
             "same": same_block(tape, new, behind_past(tape, new, past)),
-            "queries": tape.op("Unsqueeze", [tape.op("Gather", [ranks, indices], {"axis": 1}), rows]),
-            "keys": tape.op("Unsqueeze", [ranks, columns]),
+            "queries": queries,
+            "keys": keys,
         }
+
+    def _ranks(self, tape: Tape) -> tuple[ir.Value, ir.Value]:
+        """Queries ``[B, 1, S, 1]`` and keys ``[B, 1, 1, T]`` in valid tokens: padding takes none of a window."""
+        if "rank_queries" not in self.shared:
+            one = tape.initializer(ir.tensor(1, dtype=_INT64, name="ranks.axis"))
+            rows, columns = (tape.initializer(ir.tensor([1, n], dtype=_INT64, name=f"ranks.{n}")) for n in (3, 2))
+            last = tape.initializer(ir.tensor([1], dtype=_INT64, name="ranks.last"))
+            ranks = tape.op("CumSum", [self.shared["mask"], one])
+            indices = tape.op("Squeeze", [self.shared["queries"], last])
+            self.shared |= {
+                "rank_queries": tape.op("Unsqueeze", [tape.op("Gather", [ranks, indices], {"axis": 1}), rows]),
+                "rank_keys": tape.op("Unsqueeze", [ranks, columns]),
+            }
+        return self.shared["rank_queries"], self.shared["rank_keys"]
 
     def last_valid(self, tape: Tape) -> ir.Value:
         """Index of each row's last valid new position."""
@@ -116,5 +127,6 @@ class StandardDialect(GrowingCache):
             return visible(tape, self.blocks, width, queries, keys, self.shared["same"])
         if width is None:
             return self.shared["causal"]
+        queries, keys = self._ranks(tape)
         near = tape.op("Greater", [keys, tape.op("Sub", [queries, width])])
         return tape.op("And", [self.shared["causal"], near])
