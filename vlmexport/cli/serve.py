@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from vlmexport import api
 from vlmexport.cli.options import artifact_argument, reference_option, trust_option
-from vlmexport.cli.session import Session, common_options
+from vlmexport.cli.session import Session, common_options, serve_until_interrupted
 from vlmexport.cli.text import example
-
-if TYPE_CHECKING:
-    from vlmexport.serve.server import Server
 
 
 @click.command(
@@ -82,13 +78,4 @@ def command(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not server.local:
         console.print("[yellow]note:[/] other machines can reach this server; it has no password", soft_wrap=True)
-    _serve(server)
-
-
-def _serve(server: Server) -> None:
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-    finally:
-        server.server_close()
+    serve_until_interrupted(server)

@@ -18,6 +18,8 @@ import click
 from vlmexport.errors import BadInputError
 
 if TYPE_CHECKING:
+    from socketserver import BaseServer
+
     from rich.console import Console
 
     from vlmexport.progress import Progress
@@ -56,6 +58,16 @@ class Session:
             sys.stdout.write(text)
         else:
             write_atomically(Path(self.json_path), text)
+
+
+def serve_until_interrupted(server: BaseServer) -> None:
+    """Answer until Ctrl-C, then let the port go."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+    finally:
+        server.server_close()
 
 
 def write_atomically(path: Path, text: str) -> None:

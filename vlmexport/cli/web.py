@@ -9,12 +9,11 @@ import click
 
 from vlmexport import api
 from vlmexport.cli.options import FOLDER, artifact_argument
-from vlmexport.cli.session import Session, common_options
+from vlmexport.cli.session import Session, common_options, serve_until_interrupted
 from vlmexport.cli.text import example
 from vlmexport.errors import BadInputError
 
 if TYPE_CHECKING:
-    from vlmexport.web.server import SiteServer
     from vlmexport.web.site import Site
 
 
@@ -64,7 +63,7 @@ def command(
     server = api.make_site_server(site, port=port)
     session.write_json({"address": server.address})
     session.console().print(f"page: {server.address}", markup=False, highlight=False, soft_wrap=True)
-    _serve(server)
+    serve_until_interrupted(server)
 
 
 def _write(session: Session, site: Site, out: Path, force: bool) -> None:
@@ -72,12 +71,3 @@ def _write(session: Session, site: Site, out: Path, force: bool) -> None:
     session.write_json({"out": str(out)})
     words = f"Wrote {out}: put it on any static host; `python -m http.server -d {out}` shows it here."
     session.console().print(words, markup=False, highlight=False, soft_wrap=True)
-
-
-def _serve(server: SiteServer) -> None:
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-    finally:
-        server.server_close()
