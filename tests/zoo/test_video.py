@@ -150,7 +150,8 @@ def test_the_answer_depends_on_the_order_of_frames(zooed: Zooed) -> None:
 
 def test_a_rule_that_is_not_the_models_is_not_taken(zooed: Zooed, monkeypatch: pytest.MonkeyPatch) -> None:
     right = FOUND[zooed.vlm.facts.model_type]
-    wrong = dataclasses.replace(right, per_second=right.per_second + 1) if not right.each_frame else VideoSpec(6)
+    # One position a second is one a frame where no length of frames is given: the wrong rule needs more than that.
+    wrong = dataclasses.replace(right, per_second=right.per_second + 3) if not right.each_frame else VideoSpec(6)
     monkeypatch.setattr(videos, "_candidates", lambda _vlm: [wrong])
     roles = list(zooed.split.parts.values())
     merge = dataclasses.replace(zooed.split.merge, video=None)
