@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.lower.onnx.exporter import quiet_exporter
 from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
 from vlmexport.lower.onnx.masks import skip_empty_masks
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
@@ -20,7 +21,6 @@ from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
 from vlmexport.lower.onnx.selection import keep_every_row
 from vlmexport.lower.onnx.simplify import forget_trace, share, simplify, split_gemms
 from vlmexport.lower.onnx.standard_attention import neutral_attention, standard_attention
-from vlmexport.lower.onnx.trace import quiet_exporter
 from vlmexport.lower.onnx.versions import ir_version
 from vlmexport.lower.onnx.weights import WeightGroup, initializer
 from vlmexport.manifest import KeptTensor, TensorSpec

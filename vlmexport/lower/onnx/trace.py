@@ -9,9 +9,6 @@ back afterwards. No family name: RMS norms are recognised by what they compute.
 from __future__ import annotations
 
 import functools
-import gc
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +22,11 @@ from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import neutral
 from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
+from vlmexport.lower.onnx.exporter import quiet_exporter
 from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
 from vlmexport.lower.onnx.rotary import Rotary, RotaryInTrace, RotaryOperator, find_rotary
 from vlmexport.lower.onnx.state_trace import traced_states
+from vlmexport.lower.onnx.wide_heads import wide_attention
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.split.attention import refuse_changed_scores
 from vlmexport.split.cross import CrossAttention
@@ -214,7 +213,7 @@ def _neutral_attention(decoder: Any, sources: Mapping[int, int], cross: CrossAtt
         if layer in sources:
             shared = {"layer": layer, "source": sources[layer], "kv_heads": int(key.shape[1])}
             return neutral.shared_attention(query, **shared, **settings), None
-        return neutral.attention(query, key, value, layer, **settings), None
+        return wide_attention(query, key, value, layer, settings), None
 
     AttentionInterface.register("vlmexport_trace", attend)
     # The mask itself is written by the dialect; split/decoder.py has checked that it is the causal one.
@@ -304,25 +303,3 @@ def _name_weights(graph: ir.Graph, paths: Mapping[int, str], decoder: nn.Module)
         graph.initializers.pop(str(value.name))
         value.name, value.const_value = own[str(value.name)], None
         graph.inputs.append(value)
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep torch.onnx's progress lines and warnings off the user's terminal, and the garbage collector out of its way.
-
-    A trace makes millions of objects that live until it ends; looking through them again and again took a tenth of the
-    export's CPU time.
-    """
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    collecting = gc.isenabled()
-    gc.disable()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            if collecting:
-                gc.enable()
