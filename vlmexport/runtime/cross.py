@@ -34,12 +34,15 @@ class CrossDecoder:
     ) -> tuple[Array, Cache]:
         """Start a batch; see `Runner.prefill`. An encoder-decoder gives the logits of each answer's first token.
 
-        Raises `BadInputError` for features without their mask, or a mask of tiles without features.
+        Raises `BadInputError` for features without their mask, a mask of tiles without features, and prompts of an
+        encoder-decoder that are padded on the left.
         """
         if self.spec.decoder_start_token_id is None:
             return self._prefill_tokens(sequence, attention_mask, keep, reserve, dict(extras or {}))
         if extras:
             raise BadInputError(f"the decoder takes no {next(iter(extras))}")
+        if not attention_mask[:, 0].all():
+            raise BadInputError("the text encoder counts positions from the first token: pad prompts on the right")
         keys = self._keys({"inputs_embeds": sequence, "attention_mask": attention_mask})
         fixed = {**keys, STATE_MASK: np.asarray(attention_mask, np.int64)}
         start = np.full((len(sequence), 1), self.spec.decoder_start_token_id, np.int64)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from vlmexport.errors import BadInputError
+from vlmexport.model.bare_prompt import BarePrompt, bare_prompt
 from vlmexport.runtime.protocol import ModelInputs
 
 if TYPE_CHECKING:
@@ -37,21 +39,36 @@ class PromptBuilder:
             self.processor: Any = load(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if "torchvision" in reason.lower():
+                reason = f"{reason.partition('. ')[0]}; pip install torchvision"
             raise BadInputError(f"{folder}: the processor does not load: {reason}") from error
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
 
     def build(self, images: Sequence[Path | Image], prompt: str) -> ModelInputs:
         """Inputs of one user turn: the images, then the text.
 
-        A model without a chat template gets its image token for each picture, and the text as it is.
+        A model without a chat template gets its image token for each picture (where its processor does not write it),
+        and the text as it is. Raises `BadInputError` for words or pictures that its processor refuses.
         """
         pictures = [load_image(i) if isinstance(i, Path) else i for i in images]
-        token = getattr(self.processor, "image_token", None)
-        if not getattr(self.processor, "chat_template", None) and isinstance(token, str):
-            return self.encode(token * len(pictures) + prompt, pictures)
+        if (bare := self.bare) is not None:
+            return self._refusing(bare.text(len(pictures), prompt), pictures)
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
         text = self.render([{"role": "user", "content": content}])
         return self.encode(text, pictures)
+
+    @cached_property
+    def bare(self) -> BarePrompt | None:
+        """How pictures stand in a prompt; None for a model that has a chat template, or no image token."""
+        return None if getattr(self.processor, "chat_template", None) else bare_prompt(self.processor)
+
+    def _refusing(self, text: str, pictures: Sequence[Image]) -> ModelInputs:
+        """`encode`, its processor's refusal as one line."""
+        try:
+            return self.encode(text, pictures)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise BadInputError(f"the model's processor refuses this prompt: {reason}") from error
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a chat, ready for the assistant's turn."""
@@ -60,9 +77,12 @@ class PromptBuilder:
         text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
 
-    def encode(self, text: str, pictures: Sequence[Image]) -> ModelInputs:
-        """Token ids and pixel inputs of a rendered prompt whose image placeholders stand for `pictures`."""
-        images = {"images": [list(pictures)]} if pictures else {}
+    def encode(self, text: str, pictures: Sequence[Image], more: Mapping[str, Any] | None = None) -> ModelInputs:
+        """Token ids and pixel inputs of a rendered prompt whose image placeholders stand for `pictures`.
+
+        `more` are further arguments of the processor (a video).
+        """
+        images = {**({"images": [list(pictures)]} if pictures else {}), **(more or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             out = self.processor(text=[text], return_tensors="pt", **special_tokens(self.tokenizer, text), **images)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.bare_prompt import BarePrompt, bare_prompt
 from vlmexport.split.retrieval_examples import retrieval_inputs, with_words
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def processor_examples(vlm: VLM) -> tuple[dict[str, torch.Tensor], ...]:
 
     All have batch 1 and hold ``input_ids`` and ``attention_mask`` int64 ``[1, sequence]`` and the processor's image
     tensors, under the names that the model's ``forward`` takes. The cheapest pictures are taken first, and the second
-    example has other shapes than the first where the processor lets shapes vary.
+    example has more pixels than the first, or else other shapes, where the processor lets them vary.
 
     Raises `UnsupportedModelError` when the model has no processor or it cannot make such inputs.
     """
@@ -37,7 +38,8 @@ def processor_examples(vlm: VLM) -> tuple[dict[str, torch.Tensor], ...]:
     made = [example_inputs(vlm, processor, [draw_picture(*size)], _PROMPTS[0]) for size in _PICTURES]
     order = sorted(range(len(made)), key=lambda i: _image_elements(made[i]))
     first = order[0]
-    others = [i for i in order if _image_shapes(made[i]) != _image_shapes(made[first])] or order[1:]
+    larger = [i for i in order if _image_elements(made[i]) > _image_elements(made[first])]
+    others = larger or [i for i in order if _image_shapes(made[i]) != _image_shapes(made[first])] or order[1:]
     width, height = _PICTURES[first]
     pair = [draw_picture(width, height, seed=1), draw_picture(height, width, seed=2)]
     if vlm.facts.output == "embeddings":
@@ -46,7 +48,7 @@ def processor_examples(vlm: VLM) -> tuple[dict[str, torch.Tensor], ...]:
     return (
         made[first],
         example_inputs(vlm, processor, [draw_picture(*_PICTURES[others[0]])], _PROMPTS[1]),
-        example_inputs(vlm, processor, pair, _PROMPTS[2]),
+        _two_pictures(vlm, processor, pair),
     )
 
 
@@ -93,10 +95,25 @@ def prompt_text(vlm: VLM, processor: Any, images: int, prompt: str) -> str:
         content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
         turn = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    token = getattr(processor, "image_token", None)
-    if not isinstance(token, str):
-        token = processor.tokenizer.convert_ids_to_tokens(vlm.facts.image_token_id)
-    return f"{token}" * images + prompt
+    return _bare(vlm, processor).text(images, prompt)
+
+
+def _bare(vlm: VLM, processor: Any) -> BarePrompt:
+    """How pictures stand in a prompt of a model without a chat template."""
+    token = str(processor.tokenizer.convert_ids_to_tokens(vlm.facts.image_token_id))
+    return bare_prompt(processor, token) or BarePrompt(token)
+
+
+def _two_pictures(vlm: VLM, processor: Any, images: Sequence[Image]) -> dict[str, torch.Tensor]:
+    """Two pictures in one prompt.
+
+    Where the processor takes one alone, what it makes of both, one behind the other in the image tensors and in the
+    text: the model's parts take it, and the number of pictures is no constant of its graphs.
+    """
+    if getattr(processor, "chat_template", None) or _bare(vlm, processor).several:
+        return example_inputs(vlm, processor, images, _PROMPTS[2])
+    first, second = (example_inputs(vlm, processor, [image], _PROMPTS[2]) for image in images)
+    return {name: torch.cat([first[name], second[name]], dim=int(_is_text(name))) for name in first}
 
 
 def draw_picture(width: int, height: int, seed: int = 0) -> Image:

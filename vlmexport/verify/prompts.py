@@ -53,7 +53,7 @@ def build_prompts(gate: Gate, artifact: Artifact, reference: Reference | None) -
         gate.fail("processor/load", "processor", "lowering", str(error))
         exported = own
     probes = []
-    for probe in standard_probes():
+    for probe in probes_of(own or exported):
         try:
             wanted = build(own, probe) if own else None
         except (BadInputError, ValueError, TypeError) as error:
@@ -65,12 +65,22 @@ def build_prompts(gate: Gate, artifact: Artifact, reference: Reference | None) -
     return Prompts(tuple(probes), exported, own)
 
 
+def probes_of(builder: PromptBuilder) -> tuple[Probe, ...]:
+    """The probes that are prompts of the model: where each has one picture at most, two are none of them."""
+    several = builder.bare is None or builder.bare.several
+    return tuple(probe for probe in standard_probes() if several or len(probe.images) <= 1)
+
+
 def build(builder: PromptBuilder, probe: Probe) -> ModelInputs:
     """The probe as model inputs; models without a chat template get their image tokens and the text."""
     if getattr(builder.processor, "chat_template", None):
         return builder.build(probe.images, probe.text)
-    token = getattr(builder.processor, "image_token", "<image>")
-    return builder.encode(f"{token * len(probe.images)}\n{probe.text}", probe.images)
+    bare = builder.bare
+    token = "<image>" if bare is None else bare.token
+    text = f"{token * len(probe.images)}\n{probe.text}"
+    if bare is not None and bare.places_itself:
+        text = bare.text(len(probe.images), probe.text)
+    return builder.encode(text, probe.images)
 
 
 def answer_items(prompts: Prompts, asked: Sequence[Question], drawn: int) -> list[Item]:

@@ -144,9 +144,12 @@ def collect_answers(
 ) -> Answers:
     """Let both sides answer every item greedily, then compare their distributions on the original's answer.
 
-    `decode_text` turns token ids into text without special tokens; `forced` is how `shipped` is fed the answer.
+    `decode_text` turns token ids into text without special tokens; `forced` is how `shipped` is fed the answer (by step
+    where a prompt has an encoder of its own: no answer stands behind it).
     """
-    found = Answers()
+    found, plain = Answers(), answers_in_one_prompt
+    if original.merge_spec.decoder_start_token_id is not None:
+        plain = forced = answers_by_step
     for batch in _batches(items, max_new_tokens, vocab_size):
         theirs = [merged_input(original, item.reference) for item in batch]
         ours = [merged_input(shipped, item.exported) for item in batch]
@@ -156,7 +159,7 @@ def collect_answers(
             for item, right, answer in zip(batch, wanted, given, strict=True):
                 if item.answers:
                     found.ask(item, decode_text(right), decode_text(answer))
-        reference_logits = answers_in_one_prompt(original, theirs, wanted)
+        reference_logits = plain(original, theirs, wanted)
         for reference, logits, tokens in zip(reference_logits, forced(shipped, ours, wanted), wanted, strict=True):
             found.add(reference, logits, np.array(tokens, dtype=np.int64))
     return found

@@ -39,6 +39,7 @@ from vlmexport.verify.decoder import (
     token_by_token,
 )
 from vlmexport.verify.dialect import check_dialect
+from vlmexport.verify.encoder_decoder import check_answers
 from vlmexport.verify.engines import check_engines
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.genai import check_genai
@@ -341,6 +342,10 @@ def _branches(run: _Run, reference: Reference) -> TorchRunner:
 
 
 def _check_consistency(run: _Run, embeds: Mapping[str, DecoderInputs]) -> None:
+    if run.exact.merge_spec.decoder_start_token_id is not None:
+        vocabulary = int(run.artifact.manifest.model["vocab_size"])
+        check_answers(run.gate, run.exact, embeds, run.exact_rel, vocabulary)
+        return
     split = prefill.has_prompt_graph(run.artifact)
     left, continued = _takes_left_padding(run.artifact), in_two_prompts if split else token_by_token
     check_consistency(run.gate, run.exact, embeds, run.exact_rel, left_pad=left, continued=continued)
