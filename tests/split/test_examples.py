@@ -9,6 +9,7 @@ import torch
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.load import VLM, load_vlm
+from vlmexport.split import examples
 from vlmexport.split.examples import draw_picture, load_processor, processor_examples, prompt_text
 
 
@@ -28,6 +29,20 @@ def test_examples_run_through_the_model_and_differ(family: str, request: pytest.
 def test_tiles_vary_with_the_aspect_ratio(tiny_idefics3: Path) -> None:
     one, other, two = processor_examples(load_vlm(str(tiny_idefics3)))
     assert [e["pixel_values"].shape[1] for e in (one, other, two)] == [3, 5, 6]
+
+
+def test_the_second_picture_has_another_number_of_pixels_where_it_can(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture on its side has other shapes and as many features: nothing is seen to depend on its size."""
+
+    def unresized(_vlm: Any, _processor: Any, images: Any, _prompt: str) -> dict[str, torch.Tensor]:
+        width, height = (max(picture.size[axis] for picture in images) for axis in (0, 1))
+        return {"input_ids": torch.zeros(1, 3), "pixel_values": torch.zeros(len(images), 3, height, width)}
+
+    monkeypatch.setattr(examples, "example_inputs", unresized)
+    one, other, _ = processor_examples(load_vlm(str(tiny_llava)))
+    assert other["pixel_values"].numel() > one["pixel_values"].numel()
 
 
 def test_pictures_are_reproducible_and_not_black() -> None:
