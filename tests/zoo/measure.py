@@ -112,7 +112,7 @@ def _verdicts(family: str, vlm: VLM, examples: tuple[Example, ...], folder: Path
     except UnsupportedModelError as error:
         refused = _refused(error)
         return {"onnx": refused, "tensorrt": refused, **found}
-    found["onnx"] = _compared(zooed, lambda: _with_its_form(zooed, FLOATS, folder / "onnx"), ONNX_LIMIT)
+    found["onnx"] = _compared(zooed, lambda: with_its_form(zooed, FLOATS, folder / "onnx"), ONNX_LIMIT)
     found["tensorrt"] = _compared(zooed, lambda: _tensorrt(zooed, folder / "trt"), TENSORRT_LIMIT)
     return found
 
@@ -130,7 +130,7 @@ def _gguf(family: str, vlm: VLM) -> Verdict:
     return refusal or {"state": "unproven", "reason": ""}
 
 
-def _with_its_form(zooed: Zooed, options: OnnxOptions, folder: Path) -> Artifact:
+def with_its_form(zooed: Zooed, options: OnnxOptions, folder: Path) -> Artifact:
     """The fast form of attention, or the standard one where the family has no other."""
     try:
         return export(zooed, options, folder / "gqa")
@@ -189,7 +189,7 @@ def int4_difference(zooed: Zooed, folder: Path) -> tuple[float, float]:
 
     The second says that weights were quantized at all.
     """
-    artifact = _with_its_form(zooed, dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32)), folder)
+    artifact = with_its_form(zooed, dataclasses.replace(FLOATS, scheme=make_scheme("rtn", group_size=32)), folder)
     names = [member.name for record in artifact.manifest.quantized for member in record.members]
     decoder = zooed.split.parts[Role.DECODER].module
     packed = [name.rpartition(".")[0] for name in names]  # of experts, which are named by parameter and number
