@@ -27,7 +27,7 @@ from vlmexport.split.difference import refuse_difference as _refuse_difference
 from vlmexport.split.encoder_decoder import is_encoder_decoder, split_encoder_decoder
 from vlmexport.split.examples import processor_examples
 from vlmexport.split.language import LanguageParts
-from vlmexport.split.logits import find_hidden_tokens
+from vlmexport.split.logits import find_hidden_tokens, find_logit_scale
 from vlmexport.split.masks import SeenMasks, find_masks
 from vlmexport.split.own_attention import remote_errors
 from vlmexport.split.parts import Part, Role, Signature, Split
@@ -117,7 +117,11 @@ def split_decoder(
         extras = (*merge.extras, "block_ids")
         merge = dataclasses.replace(merge, mask=masks.kind, block_tokens=masks.tokens, extras=extras)
     # The merge is proven on every example; the decoder gets nothing else, so the richest prompt does for it.
-    difference = _refuse_difference(vlm, "decoder and LM head", replay(decoder, calls[-1]), calls[-1].logits)
+    replayed = replay(decoder, calls[-1])
+    if (scale := find_logit_scale(decoder.decoder.config, replayed, calls[-1].logits)) is not None:
+        decoder.logit_scale = scale
+        replayed = replay(decoder, calls[-1])
+    difference = _refuse_difference(vlm, "decoder and LM head", replayed, calls[-1].logits)
     part = _decoder_part(vlm, decoder, calls, masks, merge)
     if merge.extras:
         with torch.no_grad():

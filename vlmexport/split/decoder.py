@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlmexport.split.cross import CrossAttention
-    from vlmexport.split.logits import HiddenTokens
+    from vlmexport.split.logits import HiddenTokens, LogitScale
     from vlmexport.split.masks import BlockMasks
 
 # Keyword arguments that steer the call and carry no tensor of the model's semantics.
@@ -39,7 +39,7 @@ class DecoderPart(nn.Module):
     are ``cap * tanh(logits / cap)``; 0 for logits as the head gives them. `position_axes`: 3 for M-RoPE positions.
     `deepstack_layers`: so many first layers get something added. `kv`: what it keeps from token to token; None where
     that is what the config says. `cross`: what it attends to beside its tokens, whose keys and values it is given.
-    `hidden_tokens`: tokens that it never writes; None for none.
+    `hidden_tokens`: tokens that it never writes; None for none. `logit_scale`: what the head's logits are scaled by.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class DecoderPart(nn.Module):
         self.kv: KVGeometry | None = None
         self.cross: CrossAttention | None = None
         self.hidden_tokens: HiddenTokens | None = None
+        self.logit_scale: LogitScale | None = None
         self.decoder = decoder
         self.head = head
         self.blocks = blocks
@@ -94,6 +95,8 @@ class DecoderPart(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states ``[..., H]``."""
         logits: torch.Tensor = self.head(hidden)
+        if self.logit_scale is not None:
+            logits = self.logit_scale.apply(logits)
         if self.logit_cap:
             logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
         return logits if self.hidden_tokens is None else self.hidden_tokens.hide(logits)

@@ -20,7 +20,7 @@ from vlmexport.lower.onnx.dialects.tensorrt import TensorRTDialect
 from vlmexport.lower.onnx.dq import DequantizeEmitter
 from vlmexport.lower.onnx.expert_trace import ExpertPeaks
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef
-from vlmexport.lower.onnx.logit_mask import hide_tokens
+from vlmexport.lower.onnx.logit_mask import hide_tokens, scale_logits
 from vlmexport.lower.onnx.retrieval import embeddings_only
 from vlmexport.lower.onnx.rotary import RotaryInTrace, RotaryOperator, probe_rotary
 from vlmexport.lower.onnx.trace import TracedDecoder, trace_decoder
@@ -95,6 +95,7 @@ def lower_decoder(
     dialect = choose_dialect(traced, linears, target, module.blocks)
     cap = module.logit_cap
     graph = assemble_decoder(traced, module.kv or vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
+    scale_logits(graph, module.logit_scale)
     hide_tokens(graph, module.hidden_tokens)
     if vlm.facts.output == "embeddings":
         embeddings_only(graph)

@@ -1,4 +1,4 @@
-"""Tokens that the model never writes, in the decoder graph: their logits are a constant."""
+"""What the model does to the logits of its head, in the decoder graph: it scales them, and hides tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from vlmexport.split.logits import HiddenTokens
+from vlmexport.split.logits import HiddenTokens, LogitScale
+
+
+def scale_logits(model: ir.Model, scale: LogitScale | None) -> None:
+    """Let the graph's output ``logits`` be scaled; nothing changes for None."""
+    if scale is None:
+        return
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    factor = ir.Value(
+        name="logits.scale", type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(np.float32(scale.factor))
+    )
+    graph.register_initializer(factor)
+    tape = Tape()
+    made = tape.op("Div" if scale.divides else "Mul", [logits, factor])
+    logits.name, made.name, made.type, made.shape = "logits.head", "logits", logits.type, logits.shape
+    graph.extend(tape.nodes)
+    graph.outputs[list(graph.outputs).index(logits)] = made
 
 
 def hide_tokens(model: ir.Model, hidden: HiddenTokens | None) -> None:

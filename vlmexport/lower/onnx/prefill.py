@@ -18,7 +18,7 @@ from torch import nn
 from vlmexport.lower.onnx.assemble import assemble_decoder
 from vlmexport.lower.onnx.decoder import choose_dialect, lm_head
 from vlmexport.lower.onnx.int8 import LEVELS, TINY, Int8Emitter
-from vlmexport.lower.onnx.logit_mask import hide_tokens
+from vlmexport.lower.onnx.logit_mask import hide_tokens, scale_logits
 from vlmexport.lower.onnx.trace import TracedDecoder
 from vlmexport.manifest import PREFILL_PART
 from vlmexport.model.load import VLM
@@ -95,6 +95,7 @@ def lower_prefill(
     dialect = choose_dialect(traced, linears, target, module.blocks)
     cap = module.logit_cap
     model = assemble_decoder(traced, module.kv or vlm.facts.kv, vlm.facts.hidden_size, head, dialect, linears, cap)
+    scale_logits(model, module.logit_scale)
     hide_tokens(model, module.hidden_tokens)
     return PrefillGraph(model, linears, errors, blocked)
 
