@@ -411,17 +411,23 @@ def answer_prompt(
     on_text: Callable[[str], None],
     *,
     dtype: str | None = None,
+    video: Path | None = None,
+    fps: float | None = None,
 ) -> Answer:
     """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes.
 
-    `dtype` is the one to run of an export in several (None: its primary one).
+    `dtype` is the one to run of an export in several (None: its primary one). `video` is a folder of frames, of which
+    there are `fps` a second, or an animated picture file (`runtime.video.load_video`).
     """
     from vlmexport.manifest import open_artifact
     from vlmexport.runtime.generate import answer
+    from vlmexport.runtime.video import load_video
     from vlmexport.variants import as_variant
 
     artifact = open_artifact(path, check_hashes=False)
-    return answer(artifact if dtype is None else as_variant(artifact, dtype), list(images), prompt, sampling, on_text)
+    artifact = artifact if dtype is None else as_variant(artifact, dtype)
+    frames = None if video is None else load_video(video, fps)
+    return answer(artifact, list(images), prompt, sampling, on_text, video=frames)
 
 
 def examine_machine() -> DoctorReport:

@@ -19,13 +19,22 @@ _IMAGE = click.Path(path_type=Path, dir_okay=False)
     epilog=example(
         'vlmexport run demo-int4 --image photo.png --prompt "What is in the picture?"',
         'vlmexport run demo-int4 --image a.png --image b.png --prompt "Compare." --temperature 0.7 --seed 1',
+        'vlmexport run qwen-int4 --video frames --fps 2 --prompt "What happens?"',
     ),
-    short_help="Answer a question about pictures with an export.",
+    short_help="Answer a question about pictures or a video with an export.",
 )
 @artifact_argument
 @click.option(
     "--image", "images", multiple=True, type=_IMAGE, metavar="FILE", show_default="none",
     help="A picture; may be given again.",
+)  # fmt: skip
+@click.option(
+    "--video", type=click.Path(path_type=Path), metavar="PATH", show_default="none",
+    help="A folder of frames, by name, or an animated GIF, WebP or PNG; it stands behind the pictures.",
+)  # fmt: skip
+@click.option(
+    "--fps", type=click.FloatRange(min=0, min_open=True), metavar="NUMBER", show_default="the file's own times",
+    help="Frames a second of --video; a folder needs it.",
 )  # fmt: skip
 @click.option("--prompt", required=True, metavar="TEXT", help="The question.")
 @click.option(
@@ -55,6 +64,8 @@ def command(
     session: Session,
     artifact: Path,
     images: tuple[Path, ...],
+    video: Path | None,
+    fps: float | None,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
@@ -64,12 +75,14 @@ def command(
     stop: tuple[str, ...],
     dtype: str | None,
 ) -> None:
-    """Answer a question about pictures with the export in DIR; the answer streams to stdout.
+    """Answer a question about pictures or a video with the export in DIR; the answer streams to stdout.
 
     Only the exported files run; no PyTorch model is loaded. Greedy unless --temperature is given.
     """
     from vlmexport.runtime.sampling import Sampling
 
+    if fps is not None and video is None:
+        raise click.UsageError("--fps is of a video: give --video as well")
     sampling = Sampling(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop, max_new_tokens=max_new_tokens
     )
@@ -79,6 +92,6 @@ def command(
         stream.write(text)
         stream.flush()
 
-    answer = api.answer_prompt(artifact, images, prompt, sampling, show, dtype=dtype)
+    answer = api.answer_prompt(artifact, images, prompt, sampling, show, dtype=dtype, video=video, fps=fps)
     show("\n")
     session.write_json(answer.to_dict())

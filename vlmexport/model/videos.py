@@ -69,9 +69,9 @@ def as_pictures(spec: MergeSpec, input_ids: Ids, pixel_inputs: Inputs) -> tuple[
     for one, and when the runs of tokens are not those of the grids.
     """
     given = dict(pixel_inputs)
-    if VIDEO_GRID not in given:
+    if VIDEO_GRID not in given and VIDEO_PIXELS not in given:
         return input_ids, given
-    if spec.video is None:
+    if spec.video is None or VIDEO_GRID not in given:
         raise BadInputError(f"the prompt has {VIDEO_PIXELS}, but videos of this model are not supported; give pictures")
     waiting = {IMAGE: _pieces(given, PIXELS, GRID), VIDEO: _pieces(given, VIDEO_PIXELS, VIDEO_GRID)}
     grids, pixels = [], []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vlmexport.manifest import Artifact
+    from vlmexport.runtime.prompt import PromptBuilder
+    from vlmexport.runtime.video import Video
 
 GREEDY = Sampling()
 GGUF_LAYOUT = "gguf"
@@ -88,27 +90,43 @@ def answer(
     on_text: Callable[[str], None] = lambda text: None,
     *,
     threads: int = 0,
+    video: Video | None = None,
 ) -> Answer:
     """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text piece by piece.
 
-    In a static cache the answer ends where the cache does; `BadInputError` for a prompt that does not fit.
+    `video` stands between the images and the text. In a static cache the answer ends where the cache does;
+    `BadInputError` for a prompt that does not fit, and for a video where the export takes none.
     """
     require_text(artifact)
     if artifact.manifest.layout == GGUF_LAYOUT:
         from vlmexport.runtime.llamacpp.export import answer_gguf
 
+        if video is not None:
+            raise BadInputError(f"{artifact.path}: GGUF exports take pictures, no videos; give pictures with --image")
         return answer_gguf(artifact, images, prompt, sampling, on_text, threads=threads)
     from vlmexport.runtime.ort import OnnxRunner
     from vlmexport.runtime.prompt import PromptBuilder
 
     builder = PromptBuilder(artifact.path)
-    inputs = builder.build(list(images), prompt)
+    inputs = _inputs(artifact, builder, images, video, prompt)
     runner = OnnxRunner(artifact, threads=threads)
     timings = Timings(load_ms=1000 * runner.load())
     stream = TextStream(builder.tokenizer, sampling.stop)
     sampling = within(sampling, static_capacity(artifact.manifest.model), inputs.input_ids.shape[1])
     tokens = collect(_until_end(generate_steps(runner, [inputs], sampling, timings)), stream, on_text)
     return Answer(stream.text, tokens, int(inputs.input_ids.shape[1]), timings.to_dict())
+
+
+def _inputs(
+    artifact: Artifact, builder: PromptBuilder, images: Sequence[Path], video: Video | None, prompt: str
+) -> ModelInputs:
+    if video is None:
+        return builder.build(list(images), prompt)
+    from vlmexport.runtime.video_prompt import build_video_prompt, require_video_inputs
+
+    inputs = build_video_prompt(builder, list(images), video, prompt)
+    require_video_inputs(artifact, inputs)
+    return inputs
 
 
 def within(sampling: Sampling, capacity: int | None, prompt_tokens: int) -> Sampling:
