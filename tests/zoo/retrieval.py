@@ -1,4 +1,4 @@
-"""A tiny ColPali with its processor: PaliGemma under an embedding layer."""
+"""Tiny models that give embeddings, with their processors: ColPali over PaliGemma, ColQwen2 over Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.families.tiny_qwen import SPECIAL as QWEN_SPECIAL
+from tests.families.tiny_qwen import make_tiny_qwen
 from tests.families.tiny_text import byte_level_tokenizer, save_tiny
 from tests.tiny import randomise
 from tests.zoo import gemma
@@ -29,6 +31,25 @@ def make_colpali(folder: Path) -> Path:
     pixels.image_seq_length = gemma.ROWS
     ColPaliProcessor(pixels, tokenizer).save_pretrained(folder)
     model: Any = ColPaliForRetrieval(ColPaliConfig(vlm_config=inner.config, embedding_dim=WIDTH))
+    return _saved(model, folder)
+
+
+def make_colqwen2(folder: Path) -> Path:
+    """The same for pictures of any size: a checkpoint of Qwen2-VL, under an embedding layer."""
+    from transformers import AutoConfig, ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    small = make_tiny_qwen("qwen2_vl", folder, text={"num_hidden_layers": 3}, vision={"depth": 2})
+    config = AutoConfig.from_pretrained(small)
+    for name in ("preprocessor_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    pixels = Qwen2VLImageProcessorPil(size=size, patch_size=14, merge_size=2, temporal_patch_size=2)
+    ColQwen2Processor(pixels, byte_level_tokenizer(QWEN_SPECIAL, 320)).save_pretrained(folder)
+    return _saved(ColQwen2ForRetrieval(ColQwen2Config(vlm_config=config, embedding_dim=WIDTH)), folder)
+
+
+def _saved(model: Any, folder: Path) -> Path:
     model.get_output_embeddings = lambda: model.embedding_proj_layer
     randomise(model, 1)
     with torch.no_grad():  # a table of float16, as the export stores it

@@ -18,16 +18,19 @@ from tests.tiny import randomise
 from tests.zoo import gemma
 from tests.zoo.measure import _TEXT
 from tests.zoo.proof import FLOATS, Zooed, export, relative
-from vlmexport.errors import BadInputError, UnsupportedModelError
+from tests.zoo.retrieval import make_colqwen2
+from vlmexport.errors import BadInputError, UnsupportedModelError, VlmExportError
 from vlmexport.manifest import Artifact, open_artifact
 from vlmexport.model.load import load_vlm
 from vlmexport.model.retrieval import embedding_head, retrieval_class
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.retrieval import RetrievalRunner
+from vlmexport.runtime.retrieval_inputs import RetrievalInputs
 from vlmexport.split.capture import split_model
 from vlmexport.split.decoder import DecoderPart
 from vlmexport.split.retrieval import RetrievalPart
+from vlmexport.verify.inputs import draw_picture
 
 WIDTH, LIMIT = 24, 1e-4
 _NAMES = ("<|endoftext|>", "<|im_end|>", "<image>")
@@ -139,3 +142,64 @@ def test_a_model_that_writes_text_has_no_embedding_layer() -> None:
     inner: Any = gemma._paligemma(2, "paligemma")
     assert embedding_head(inner) is None
     assert embedding_head(transformers.ColPaliForRetrieval(transformers.ColPaliConfig(vlm_config=inner.config)))
+
+
+def _positions_of_grids(self: Any, **given: Any) -> Any:
+    """ColQwen2's forward, which is given the positions that Qwen2-VL counts from the pictures' grids."""
+    kinds = (given["input_ids"] == self.config.vlm_config.image_token_id).int()
+    counted, _ = self.vlm.get_rope_index(given["input_ids"], kinds, image_grid_thw=given.get("image_grid_thw"))
+    return _COLQWEN2_FORWARD(self, **given, position_ids=counted)
+
+
+_COLQWEN2_FORWARD = transformers.ColQwen2ForRetrieval.forward
+
+
+@pytest.fixture(scope="module")
+def colqwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_colqwen2(tmp_path_factory.mktemp("colqwen2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["1d", pytest.param("mrope", marks=pytest.mark.family)])
+def test_pages_of_any_size_and_queries_have_the_embeddings_of_colqwen2(
+    positions: str, colqwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own class counts positions in one row; one that counts them in three has them from the host."""
+    if positions == "mrope":
+        monkeypatch.setattr(transformers.ColQwen2ForRetrieval, "forward", _positions_of_grids)
+    vlm = load_vlm(str(colqwen2), embeddings=True)
+    split = split_model(vlm)
+    assert split.replay_difference <= 1e-5
+    assert split.merge.position == positions
+    runner = RetrievalRunner(export(Zooed(vlm, split, ()), FLOATS, tmp_path / "out"), threads=1)
+    inputs = RetrievalInputs(colqwen2)
+    sizes = ((64, 64), (128, 32), (200, 90))
+    pages = [inputs.page(draw_picture(*size, seed)) for seed, size in enumerate(sizes)]
+    assert len({page.pixel_inputs["pixel_values"].shape[1] for page in pages}) == len(sizes)
+    items = [*pages, inputs.query("What did it cost?"), inputs.query("x")]
+    batch, mask = runner.embeddings(items)
+    for row, tokens, item in zip(batch, mask, items, strict=True):
+        given = {name: torch.from_numpy(np.array(array)) for name, array in item.pixel_inputs.items()}
+        ids = torch.from_numpy(item.input_ids)
+        theirs = wanted(Zooed(vlm, split, ()), {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given})
+        alone, _ = runner.embeddings([item])
+        assert relative(alone, theirs) <= LIMIT
+        assert relative(row[tokens == 1], theirs[0]) <= LIMIT
+        assert not row[tokens == 0].any()
+    other = ModelInputs(
+        pages[0].input_ids, {**pages[0].pixel_inputs, "pixel_values": -pages[0].pixel_inputs["pixel_values"]}
+    )
+    assert relative(runner.embeddings([other])[0], batch[:1, : other.input_ids.shape[1]]) > 1e-2
+    pair = {n: np.concatenate([a, a]) for n, a in pages[0].pixel_inputs.items()}
+    with pytest.raises(VlmExportError, match="vision_encoder"):  # a page has one picture
+        runner.embeddings([ModelInputs(np.concatenate([pages[0].input_ids] * 2, axis=1), pair)])
+
+
+@pytest.mark.slow
+def test_an_encoder_that_is_given_other_patches_is_refused(colqwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mirrored(self: Any, **given: Any) -> Any:
+        return _COLQWEN2_FORWARD(self, **{**given, "pixel_values": given["pixel_values"].flip(1)})
+
+    monkeypatch.setattr(transformers.ColQwen2ForRetrieval, "forward", mirrored)
+    with pytest.raises(UnsupportedModelError, match="colqwen2: the model does not call get_image_features for"):
+        split_model(load_vlm(str(colqwen2), embeddings=True))

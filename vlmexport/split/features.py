@@ -13,6 +13,7 @@ import torch
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.packed import packed_pictures
 from vlmexport.split.state_features import states_function
+from vlmexport.split.tower_features import SeenEncoderError, patches_function, stopped_at_encoder
 
 _FUNCTION = "get_image_features"
 
@@ -48,10 +49,13 @@ def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.T
     tokens = torch.full((1, 2), image_token)  # a single token may pass for a step behind the prompt
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **inputs}
     try:
-        with torch.no_grad(), _stopped(owners):
+        with torch.no_grad(), _stopped(owners), stopped_at_encoder(model):
             model(**given, use_cache=False)
     except _SeenError as seen:
         return FeatureCall(seen.function, _arguments(family, seen, inputs))
+    except SeenEncoderError as seen:
+        if (direct := patches_function(model, inputs, seen)) is not None:
+            return FeatureCall(*direct)
     raise UnsupportedModelError(
         f"{family}: the model does not call {_FUNCTION} for the inputs {sorted(inputs)}, so it cannot be cut"
     )
