@@ -21,7 +21,8 @@ export async function run(api, job, read, place) {
     results.push({
       logits: await lastLogits(model, given),
       given: await answer(model, given, job.max_new_tokens),
-      own: await ownPixels(api, processor, model, question, job, place),
+      // Its processors lay out one picture; what several would be stays open.
+      own: question.images.length === 1 ? await ownPixels(api, processor, model, question, job, place) : null,
     });
   }
   await model.dispose();
@@ -41,7 +42,9 @@ async function tensors({ Tensor }, inputs, read) {
 
 async function ownPixels({ RawImage }, processor, model, question, job, place) {
   const content = [...question.images.map(() => ({ type: "image" })), { type: "text", text: question.text }];
-  const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+  const prompt = job.plain
+    ? "<image>".repeat(question.images.length) + question.text
+    : processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
   const images = await Promise.all(question.images.map((file) => RawImage.read(place(file))));
   const inputs = await (job.images_first ? processor(images, prompt) : processor(prompt, images));
   return {

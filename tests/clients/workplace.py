@@ -20,8 +20,9 @@ from vlmexport.runtime.protocol import ModelInputs
 HERE = Path(__file__).parent
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # The scripts that npm packages run when they are installed would load libraries of GPUs; none is needed.
+
 _INSTALL = ("ci", "--ignore-scripts", "--no-audit", "--no-fund")
-_TYPES = {"pixel_attention_mask": "bool", "pixel_values": "float32"}
+_PIXEL_MASK_DIMS = 4  # [prompts, pictures, height, width]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _case(folder: Path, index: int, case: Case) -> dict[str, Any]:
     arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), **case.inputs.pixel_inputs}
     inputs = []
     for name, array in arrays.items():
-        dtype = _TYPES.get(name, "int64")
+        # Masks of pixels are booleans there, masks of patches are numbers.
+        is_mask = name == "pixel_attention_mask" and array.ndim == _PIXEL_MASK_DIMS
+        dtype = "float32" if name == "pixel_values" else "bool" if is_mask else "int64"
         made = np.ascontiguousarray(array, dtype)
         file = f"{index}.{name}.bin"
         (folder / file).write_bytes(made.tobytes())

@@ -15,7 +15,8 @@ class WebFamily:
 
     `processor` and `image_processor` are its classes. `inputs` gives vision inputs the names that the client feeds
     them by, `masks` are those it feeds as booleans. `counts_all`: its processor adds the further image tokens without
-    taking the class token off again. `images_first`: its processor takes the pictures before the text.
+    taking the class token off again. `images_first`: its processor takes the pictures before the text. `flat_config`:
+    it reads the text model's sizes at the top of config.json.
     """
 
     processor: str
@@ -24,6 +25,7 @@ class WebFamily:
     masks: tuple[str, ...] = ()
     counts_all: bool = False
     images_first: bool = False
+    flat_config: bool = False
 
 
 WEB_FAMILIES = {
@@ -31,7 +33,9 @@ WEB_FAMILIES = {
     "smolvlm": WebFamily("SmolVLMProcessor", "SmolVLMImageProcessor", masks=("pixel_attention_mask",)),
     "llava": WebFamily("LlavaProcessor", "CLIPImageProcessor", counts_all=True, images_first=True),
     "paligemma": WebFamily("PaliGemmaProcessor", "SiglipImageProcessor", images_first=True),
-    "qwen2_vl": WebFamily("Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}),
+    "qwen2_vl": WebFamily(
+        "Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}, flat_config=True
+    ),
     "qwen2_5_vl": WebFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor"),
 }
 # Types that the client knows and this layout does not write yet.

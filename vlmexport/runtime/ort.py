@@ -98,9 +98,13 @@ class OnnxRunner:
         Those that a projector inside the vision encoder made are image features already.
         """
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
-        return self.merge_spec.encode(
-            pixel_inputs, lambda inputs: self._vision.run(without_padding_pictures(inputs) if static else inputs)
-        )
+        names: Mapping[str, str] = self.model.get("vision_names", {})
+
+        def encode(inputs: Mapping[str, Array]) -> VisionFeatures:
+            given = without_padding_pictures(inputs) if static else inputs
+            return self._vision.run({names.get(name, name): array for name, array in given.items()})
+
+        return self.merge_spec.encode(pixel_inputs, encode)
 
     def project(self, vision_features: VisionFeatures) -> Array:
         """Image features; see `Runner.project`."""

@@ -29,7 +29,7 @@ def web_root_files(vlm: VLM, family: WebFamily, dtypes: tuple[str, ...], externa
     """
     processor = vlm.processor()
     files = {
-        "config.json": _config(vlm, dtypes, external),
+        "config.json": _config(vlm, family, dtypes, external),
         "preprocessor_config.json": _preprocessor(processor, family),
         "processor_config.json": _processor(vlm, processor, family),
         "tokenizer_config.json": _tokenizer(vlm, processor),
@@ -37,7 +37,7 @@ def web_root_files(vlm: VLM, family: WebFamily, dtypes: tuple[str, ...], externa
     return {name: json.dumps(body, indent=2, ensure_ascii=False) + "\n" for name, body in files.items()}
 
 
-def _config(vlm: VLM, dtypes: tuple[str, ...], external: Mapping[str, int]) -> dict[str, Any]:
+def _config(vlm: VLM, family: WebFamily, dtypes: tuple[str, ...], external: Mapping[str, int]) -> dict[str, Any]:
     """The model's config with ``transformers.js_config``, and what it leaves to the defaults of its class."""
     config = read_json_if_there(vlm.path / "config.json")
     whole = vlm.config.to_dict()
@@ -48,6 +48,10 @@ def _config(vlm: VLM, dtypes: tuple[str, ...], external: Mapping[str, int]) -> d
         text |= {key: known[key] for key in _TEXT_KEYS if text.get(key) is None and known.get(key) is not None}
         text.pop("quantization_config", None)
         config["text_config"] = text
+        if family.flat_config:
+            config |= {
+                key: known[key] for key in _TEXT_KEYS[1:] if config.get(key) is None and known.get(key) is not None
+            }
     config.pop("quantization_config", None)
     halves = [name for name in WEB_DTYPES if WEB_DTYPES[name].decoder == "fp16"]
     config["transformers.js_config"] = {

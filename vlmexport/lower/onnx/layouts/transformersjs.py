@@ -72,6 +72,7 @@ def emit_transformersjs(
             "variant": plan.options.dtypes[0],
             "variants": {name: variant.to_dict() for name, variant in variants.items()},
             **({"made_inputs": list(writer.made_inputs)} if writer.made_inputs else {}),
+            **({"vision_names": dict(writer.family.inputs)} if writer.family.inputs else {}),
         },
         root_files=web_root_files(vlm, writer.family, plan.options.dtypes, writer.external),
     )
