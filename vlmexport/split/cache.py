@@ -10,6 +10,7 @@ import torch
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.kv import KVGeometry, LayerKV, State
 from vlmexport.split.decoder import text_decoder
+from vlmexport.split.expanded import expanded_kv, refuse_more
 from vlmexport.split.per_layer import text_arguments
 from vlmexport.split.sharing import find_sources
 from vlmexport.split.states import kept_states
@@ -25,7 +26,8 @@ def find_cache(vlm: VLM) -> KVGeometry:
 
     Raises `UnsupportedModelError` naming the first layer that keeps something else than keys and values
     ``[B, kv heads, T, head dim]`` or a state that `kept_states` knows (keys of another shape, nothing), or the family
-    when no layer at all keeps keys and values.
+    when no layer at all keeps keys and values. Layers that keep something smaller, of which they make their keys and
+    values again in every call, are taken as keeping those (`expanded_kv`).
     """
     from transformers import DynamicCache
 
@@ -42,16 +44,29 @@ def find_cache(vlm: VLM) -> KVGeometry:
     sources = find_sources(decoder)
     found: list[LayerKV | None] = []
     states: list[State] = []
+    expanded: dict[int, LayerKV] | None = None
     for index in range(kv.layers):
         layer = past.layers[index] if index < len(past.layers) else None
         what = f"{family}: layer {index}" + (f" ({kinds[index]})" if kinds[index] else "")
+        refuse_more(what, layer)
         of_layer = kept_states(what, index, layer)
         states += of_layer
         keeps_none = index in sources or (of_layer and getattr(layer, "keys", None) is None)
-        found.append(None if keeps_none else _layer_kv(what, layer))
+        if not keeps_none and _keeps_latents(layer):
+            expanded = expanded_kv(vlm) if expanded is None else expanded
+            found.append(expanded[index] if index in expanded else _layer_kv(what, layer))
+        else:
+            found.append(None if keeps_none else _layer_kv(what, layer))
     if all(layer == LayerKV(kv.heads, kv.head_dim) for layer in found):
         return dataclasses.replace(kv, states=tuple(states))
     return dataclasses.replace(kv, per_layer=tuple(found), states=tuple(states))
+
+
+def _keeps_latents(layer: Any) -> bool:
+    """Has what `layer` keeps under the names of keys and values their axes, but other sizes for each?"""
+    tensors = [getattr(layer, name, None) for name in ("keys", "values")]
+    keys, values = (tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else () for tensor in tensors)
+    return keys != values and all(len(shape) == 4 and shape[2] == _TOKENS for shape in (keys, values))
 
 
 def _layer_kv(what: str, layer: Any) -> LayerKV:
