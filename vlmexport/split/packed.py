@@ -43,6 +43,7 @@ def packed_pictures(model: Any) -> Iterator[None]:
         stack.callback(handle.remove)
         for module, name in places:
             stack.enter_context(_replaced(module, name, getattr(packed, name)))
+        stack.enter_context(_replaced(nn.functional, "embedding_bag", _mixed_rows))
         stack.enter_context(without_numbers())
         stack.enter_context(_attention(encoder, packed))
         yield
@@ -54,13 +55,13 @@ def without_numbers() -> AbstractContextManager[None]:
 
 
 def _uses(encoder: nn.Module) -> Iterator[tuple[Any, str]]:
-    """The modules of the encoder's code that hold one of the helpers, and its name."""
+    """The modules of the encoder's code that hold one of the helpers, transformers' or their own, and its name."""
     helpers = sys.modules.get(_HELPERS)
     for code in {type(module).__module__ for module in encoder.modules()}:
         for name in vars(_Packed):
             if name.startswith("get_vision") and helpers is not None:
                 held = getattr(sys.modules[code], name, None)
-                if held is not None and held is getattr(helpers, name, None):
+                if held is not None and held is getattr(helpers, name, held):
                     yield sys.modules[code], name
 
 
@@ -168,6 +169,35 @@ class _Packed:
         weights = down_weights[:, :, None] * across_weights[:, None, :]
         return indices.flatten(1), weights.flatten(1)
 
+    def get_vision_frame_index(self, grid_thw: torch.Tensor, kwargs: Any = None) -> torch.Tensor:
+        """Row of a table of times for each patch, int64 ``[patches]``: that of pictures, which have one frame."""
+        return torch.zeros(self.patches, dtype=torch.int64)
+
+    def get_vision_temporal_merge_index(
+        self, grid_thw: torch.Tensor, kernel_height: int, kernel_width: int, kwargs: Any = None
+    ) -> torch.Tensor:
+        """The patches of each merged token of pictures, int64 ``[tokens, 1, patches of a token]``."""
+        return self._blocks(grid_thw, kernel_height, kernel_width)[:, None]
+
+    def get_vision_pixel_shuffle_index(
+        self, grid_thw: torch.Tensor, merge_size: int, kwargs: Any = None
+    ) -> torch.Tensor:
+        """The patches of one merged token of pictures behind those of the other, int64 ``[patches]``."""
+        return self._blocks(grid_thw, merge_size, merge_size).flatten()
+
+    def _blocks(self, grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Of rows of patches, those of each block of `height` x `width`: int64 ``[blocks, height * width]``."""
+        size = height * width
+        ends = (grid[:, 0] * grid[:, 1] * grid[:, 2]).cumsum(0)
+        block = torch.arange(self.patches // size)
+        image = (block[:, None] * size >= ends[None, :]).long().sum(1)
+        across = grid[image, 2]
+        start = torch.cat([ends.new_zeros(1), ends])[image]
+        inside = block - start // size
+        row, column = inside // (across // width) * height, inside % (across // width) * width
+        down, right = torch.arange(size) // width, torch.arange(size) % width
+        return (start + row * across + column)[:, None] + down * across[:, None] + right
+
     def _places(self, grid: torch.Tensor, merge: Any) -> tuple[torch.Tensor, ...]:
         """For each patch its picture, frame, row and column, and its picture's grid ``[patches, 3]``.
 
@@ -186,6 +216,14 @@ class _Packed:
         row = block // (width // side) * side + within // side
         column = block % (width // side) * side + within % side
         return image, frame, row, column, sizes
+
+
+def _mixed_rows(indices: torch.Tensor, table: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """PyTorch's ``embedding_bag`` of weighted rows ``[bags, taps]``, without a loop over them: ``[bags, width]``."""
+    weights = settings.get("per_sample_weights")
+    if weights is None or settings.keys() != {"mode", "per_sample_weights"} or settings["mode"] != "sum":
+        raise UnsupportedModelError("the image encoder mixes rows of a table in a way that is not supported yet")
+    return (table[indices] * weights[..., None]).sum(1)
 
 
 @contextmanager
