@@ -20,7 +20,6 @@ from vlmexport.runtime.protocol import ModelInputs
 HERE = Path(__file__).parent
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # The scripts that npm packages run when they are installed would load libraries of GPUs; none is needed.
-
 _INSTALL = ("ci", "--ignore-scripts", "--no-audit", "--no-fund")
 _PIXEL_MASK_DIMS = 4  # [prompts, pictures, height, width]
 

@@ -100,7 +100,7 @@ class OnnxRunner:
         static = self.artifact.manifest.layout == TENSORRT_LAYOUT
         names: Mapping[str, str] = self.model.get("vision_names", {})
 
-        def encode(inputs: Mapping[str, Array]) -> VisionFeatures:
+        def encode(inputs: Mapping[str, Array]) -> tuple[Array, ...]:
             given = without_padding_pictures(inputs) if static else inputs
             return self._vision.run({names.get(name, name): array for name, array in given.items()})
 
