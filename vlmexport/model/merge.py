@@ -93,7 +93,7 @@ class MergeSpec:
                 "cross_layers": tuple(data.get("cross_layers", ())),
                 "block_tokens": tuple(data.get("block_tokens", ())),
                 "packing": None if packing is None else AnyRes.from_dict(packing),
-                "pictures": None if pictures is None else EachPicture(**pictures),
+                "pictures": None if pictures is None else EachPicture.from_dict(pictures),
                 "video": None if video is None else VideoSpec(**video),
             }
         )

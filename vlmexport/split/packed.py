@@ -42,8 +42,8 @@ def packed_pictures(model: Any) -> Iterator[None]:
         handle = encoder.register_forward_pre_hook(packed.see, with_kwargs=True)
         stack.callback(handle.remove)
         for module, name in places:
-            stack.enter_context(_replaced(module, name, getattr(packed, name)))
-        stack.enter_context(_replaced(nn.functional, "embedding_bag", _mixed_rows))
+            stack.enter_context(replaced(module, name, getattr(packed, name)))
+        stack.enter_context(replaced(nn.functional, "embedding_bag", _mixed_rows))
         stack.enter_context(without_numbers())
         stack.enter_context(_attention(encoder, packed))
         yield
@@ -51,7 +51,7 @@ def packed_pictures(model: Any) -> Iterator[None]:
 
 def without_numbers() -> AbstractContextManager[None]:
     """Within, a traced tensor has no numbers: what is cut by them, the features of each picture, is not traced."""
-    return _replaced(FakeTensor, "tolist", lambda _tensor: [])
+    return replaced(FakeTensor, "tolist", lambda _tensor: [])
 
 
 def _uses(encoder: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -65,7 +65,7 @@ def _uses(encoder: nn.Module) -> Iterator[tuple[Any, str]]:
                     yield sys.modules[code], name
 
 
-class _Segments:
+class Segments:
     """Stands for the cumulated lengths of the segments of patches that see each other: `numbers` int64 ``[patches]``.
 
     Code that cuts queries, keys and values at those lengths gets them whole, and attention is told the segments. `ends`
@@ -84,10 +84,10 @@ class _Segments:
             "are not supported yet"
         )
 
-    def __getitem__(self, _key: Any) -> _Segments:
+    def __getitem__(self, _key: Any) -> Segments:
         return self
 
-    def __sub__(self, _other: Any) -> _Segments:
+    def __sub__(self, _other: Any) -> Segments:
         return self
 
     def cumsum(self, _axis: int) -> torch.Tensor:
@@ -113,12 +113,13 @@ class _Packed:
 
     def __init__(self) -> None:
         self.patches: Any = 0
-        self.current: _Segments | None = None
+        self.current: Segments | None = None
 
     def see(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook of the encoder: its first argument has a row for each patch."""
+        """Hook of the encoder: its first argument has a row for each patch, perhaps in one batch."""
         first = args[0] if args else next(iter(kwargs.values()))
-        self.patches, self.current = first.shape[0], None
+        batched = first.ndim in (len("NPV"), len("NPCHW")) and first.shape[0] == 1
+        self.patches, self.current = first.shape[1 if batched else 0], None
 
     def get_vision_position_ids(
         self, grid_thw: torch.Tensor, spatial_merge_size: Any, include_temporal: bool = False, kwargs: Any = None
@@ -129,26 +130,34 @@ class _Packed:
 
     def get_vision_cu_seqlens(
         self, grid_thw: torch.Tensor, merge_temporal: bool = False, kwargs: Any = None
-    ) -> _Segments:
+    ) -> Segments:
         """A segment for each frame, or for each picture."""
         image, frame, *_ = self._places(grid_thw, 1)
         ends = (grid_thw[:, 0] * grid_thw[:, 1] * grid_thw[:, 2]).cumsum(0)
-        return _Segments(self, image if merge_temporal else image * _MANY + frame, ends)
+        return Segments(self, image if merge_temporal else image * _MANY + frame, ends)
 
     def get_vision_attention_seqlens(
         self, grid_thw: torch.Tensor, config: Any, merge_temporal: bool = False, kwargs: Any = None
-    ) -> tuple[_Segments, None]:
+    ) -> tuple[Segments, None]:
         """`get_vision_cu_seqlens`, and no largest length."""
         return self.get_vision_cu_seqlens(grid_thw, merge_temporal), None
 
     def get_vision_window_index(
         self, grid_thw: torch.Tensor, spatial_merge_size: int, window_size: int, patch_size: int, kwargs: Any = None
-    ) -> tuple[torch.Tensor, _Segments]:
-        """The order of the merged patches, which is theirs, and a segment for each window."""
+    ) -> tuple[torch.Tensor, Segments]:
+        """The order of the merged patches, which is theirs, and a segment for each window.
+
+        The order of patches that are not merged before counts behind windows, and is the model's own.
+        """
+        if spatial_merge_size == 1:
+            own: tuple[torch.Tensor, Segments] = sys.modules[_HELPERS].get_vision_window_index(
+                grid_thw, spatial_merge_size, window_size, patch_size
+            )
+            return own
         image, frame, row, column, _ = self._places(grid_thw, spatial_merge_size)
         side = window_size // spatial_merge_size // patch_size * spatial_merge_size
         numbers = ((image * _MANY + frame) * _MANY + row // side) * _MANY + column // side
-        return torch.arange(self.patches // spatial_merge_size**2), _Segments(self, numbers)
+        return torch.arange(self.patches // spatial_merge_size**2), Segments(self, numbers)
 
     def get_vision_interpolation_indices_and_weights(
         self,
@@ -227,7 +236,8 @@ def _mixed_rows(indices: torch.Tensor, table: torch.Tensor, **settings: Any) -> 
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, `owner` has `value` as its attribute `name`."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -35,6 +35,10 @@ def with_positions(vlm: VLM, merge: MergeSpec, examples: Examples, calls: Sequen
     family = vlm.facts.model_type
     if any(GRID not in example for example in examples):
         raise UnsupportedModelError(f"{family}: three positions for each token, but its inputs have no {GRID}")
+    if (axes := next(c for c in calls if has_axes(c)).kwargs["position_ids"].shape[0]) != AXES:
+        raise UnsupportedModelError(
+            f"{family}: {axes} positions for each token; only {AXES} (time, height, width) are supported yet"
+        )
     size = _merge_size(examples[0], merge.image_token_id)
     found = dataclasses.replace(
         merge, position="mrope", spatial_merge_size=size, extras=(*merge.extras, "position_ids")

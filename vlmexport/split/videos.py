@@ -48,7 +48,10 @@ def with_videos(
     if merge.position != "mrope" or GRID not in example:
         return merge, ()
     reasons = []
-    for spec in _candidates(vlm):
+    candidates = _candidates(vlm)
+    if merge.pictures is not None and candidates:
+        return merge, ("videos are left out, pictures are not: the vision encoder takes one picture at a time",)
+    for spec in candidates:
         found = dataclasses.replace(merge, video=spec)
         prompt = _prompt(vlm, found, spec, example)
         try:

@@ -161,11 +161,11 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
 
 def _split_each(vlm: VLM, ask: FeatureCall, pixels: tuple[Example, ...]) -> tuple[Part, Part]:
     """`split_vision` for a tower that is run for one picture at a time, and a projector of all pictures' features."""
-    one, pictures = for_one_picture(ask), tuple(single_pictures(example) for example in pixels)
+    one, pictures = for_one_picture(ask, pixels[0]), tuple(single_pictures(example) for example in pixels)
     every = tuple(picture for example in pictures for picture in example)
     projector, calls = _projector_of_each(vlm, one, every, rows=SIZES not in ask.arguments)
     tensors = [call.tensors[0] for call in calls]
-    how = joining(tensors, patches=SIZES not in ask.arguments)
+    how = joining(tensors, patches=SIZES not in ask.arguments, example=pixels[0])
     if how is None or len(calls[0].tensors) != 1:
         raise UnsupportedModelError(
             f"{vlm.facts.model_type}: what its image encoder makes of single pictures cannot be joined for the "
