@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmexport.model.videos import as_pictures
 from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures, named_features
 from vlmexport.target import ParityLimits
@@ -54,10 +55,11 @@ def check_vision(
         inputs = prompt.reference or prompt.exported
         if not inputs.pixel_inputs:
             continue
-        wanted = reference.vision(inputs.pixel_inputs)
+        pixels = _pictures(reference, inputs)
+        wanted = reference.vision(pixels)
         name = f"vision_encoder/features[{prompt.name}]"
         with gate.guard(name, "vision_encoder", "lowering"):
-            found = exported.vision(inputs.pixel_inputs)
+            found = exported.vision(pixels)
             close_features(gate, name, "vision_encoder", (wanted, found), limits.vision_rel)
         name = f"projector/features[{prompt.name}]"
         with gate.guard(name, "projector", "lowering"):
@@ -78,10 +80,11 @@ def check_image_features(
             continue
         name = f"vision_encoder/image_features[{prompt.name}]"
         with gate.guard(name, "vision_encoder", "lowering"):
-            found = exported.image_features(inputs.pixel_inputs)
+            pixels = _pictures(reference, inputs)
+            found = exported.image_features(pixels)
             limit = limits.vision_rel + limits.projector_rel
             limit += _FLOAT16_ROUNDING if found.dtype == np.float16 else 0.0
-            wanted = reference.image_features(inputs.pixel_inputs)
+            wanted = reference.image_features(pixels)
             gate.close(name, "vision_encoder", "lowering", wanted, found, limit)
 
 
@@ -131,6 +134,11 @@ def check_merged(
 def merged_input(runner: Runner, inputs: ModelInputs) -> DecoderInputs:
     """What reaches the decoder of `runner` for one prompt."""
     return merged_inputs(runner, [inputs])[0]
+
+
+def _pictures(runner: Runner, inputs: ModelInputs) -> Mapping[str, Array]:
+    """What the vision encoder gets of a prompt: videos are pictures of several frames there."""
+    return as_pictures(runner.merge_spec, inputs.input_ids, inputs.pixel_inputs)[1]
 
 
 def _pixel_fault(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> str:

@@ -16,6 +16,7 @@ from vlmexport.verify.inputs import Probe, standard_probes
 from vlmexport.verify.parts import Prompt
 from vlmexport.verify.quantization import Item
 from vlmexport.verify.questions import Question
+from vlmexport.verify.videos import video_prompts
 
 if TYPE_CHECKING:
     from vlmexport.verify.reference import Reference
@@ -62,6 +63,7 @@ def build_prompts(gate: Gate, artifact: Artifact, reference: Reference | None) -
             continue
         with gate.guard(f"processor/probe[{probe.name}]", "processor", "lowering"):
             probes.append(Prompt(probe.name, build(exported, probe), wanted))
+    probes += video_prompts(gate, artifact, (exported, own), reference)
     return Prompts(tuple(probes), exported, own)
 
 

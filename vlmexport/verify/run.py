@@ -68,6 +68,7 @@ from vlmexport.verify.retrieval import RetrievalRun, check_retrieval, is_retriev
 from vlmexport.verify.structure import check_structure
 from vlmexport.verify.threads import good_threads, torch_threads
 from vlmexport.verify.variants import of_variants
+from vlmexport.verify.videos import check_video
 
 _CPU = "CPUExecutionProvider"
 _NEEDS_REFERENCE: tuple[tuple[str, str, Side], ...] = (
@@ -265,6 +266,7 @@ def _judge(
         _without_reference(run, prompts, why_not, scored=bool(asked))
         return LoweringSummary(), Answers(), QuantizationSummary()
     wanted = {p.name: parts.merged_input(reference.runner, p.reference) for p in prompts.probes if p.reference}
+    check_video(run.gate, prompts.probes, reference, wanted)
     with reference.with_exported_weights(codes, run.artifact):
         _check_parts(run, reference, prompts)
         totals = _check_decoder(run, reference, wanted)
