@@ -14,6 +14,7 @@ from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError
 from vlmexport.runtime.decoder_inputs import encoded_pictures, token_inputs, with_features
 from vlmexport.runtime.protocol import ModelInputs, Runner
+from vlmexport.runtime.rules import AnswerRules, answer_rules
 from vlmexport.runtime.sampling import Sampling, choose
 from vlmexport.runtime.text import TextStream
 from vlmexport.runtime.text_only import require_text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vlmexport.runtime.video import Video
 
 GREEDY = Sampling()
+FREE = AnswerRules()
 GGUF_LAYOUT = "gguf"
 
 
@@ -113,7 +115,8 @@ def answer(
     timings = Timings(load_ms=1000 * runner.load())
     stream = TextStream(builder.tokenizer, sampling.stop)
     sampling = within(sampling, static_capacity(artifact.manifest.model), inputs.input_ids.shape[1])
-    tokens = collect(_until_end(generate_steps(runner, [inputs], sampling, timings)), stream, on_text)
+    rules = answer_rules(artifact.path, runner.merge_spec)
+    tokens = collect(_until_end(generate_steps(runner, [inputs], sampling, timings, rules=rules)), stream, on_text)
     return Answer(stream.text, tokens, int(inputs.input_ids.shape[1]), timings.to_dict())
 
 
@@ -188,10 +191,12 @@ def generate_steps(
     timings: Timings,
     *,
     end_tokens: Collection[int] | None = None,
+    rules: AnswerRules = FREE,
 ) -> Iterator[list[int | None]]:
     """Yield one step at a time: the next token of each row, None once the row has ended.
 
-    Ends after ``sampling.max_new_tokens`` steps or when all rows have ended; fills `timings` as it goes.
+    `rules` are what the model's generation_config asks of answers. Ends after ``sampling.max_new_tokens`` steps or when
+    all rows have ended; fills `timings` as it goes.
     """
     if not batch:
         raise BadInputError("there is no prompt to generate from")
@@ -199,8 +204,12 @@ def generate_steps(
     generator = sampling.generator()
     ended = np.zeros(len(batch), dtype=bool)
     logits, cache = _start(runner, batch, sampling.max_new_tokens, timings)
+    longest, answers = sampling.max_new_tokens, [list[int]() for _ in batch]
     for step in range(sampling.max_new_tokens):
-        chosen = [choose(row[-1], sampling, generator) for row in logits]
+        rows = [rules.applied(row[-1], said, longest) for row, said in zip(logits, answers, strict=True)]
+        chosen = [choose(row, sampling, generator) for row in rows]
+        for said, token in zip(answers, chosen, strict=True):
+            said.append(token)
         ended |= np.isin(chosen, end)
         yield [None if done else token for token, done in zip(chosen, ended, strict=True)]
         if ended.all() or step + 1 == sampling.max_new_tokens:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlmexport.engines import static_capacity
 from vlmexport.errors import BadInputError, VlmExportError
 from vlmexport.manifest import Artifact
-from vlmexport.runtime.generate import GGUF_LAYOUT, Timings, generate_steps
+from vlmexport.runtime.generate import FREE, GGUF_LAYOUT, Timings, generate_steps
 from vlmexport.runtime.prompt import PromptBuilder
+from vlmexport.runtime.rules import AnswerRules, answer_rules
 from vlmexport.runtime.sampling import Sampling
 from vlmexport.runtime.text import TextStream
 from vlmexport.serve.limits import Limits
@@ -54,8 +55,8 @@ class Engine(Protocol):
 class OnnxEngine:
     """An export of ONNX graphs, or any other `Runner` with its processor."""
 
-    def __init__(self, runner: Runner, builder: PromptBuilder, capacity: int | None) -> None:
-        self.runner, self.builder, self.capacity = runner, builder, capacity
+    def __init__(self, runner: Runner, builder: PromptBuilder, capacity: int | None, rules: AnswerRules = FREE) -> None:
+        self.runner, self.builder, self.capacity, self.rules = runner, builder, capacity, rules
 
     def speak(
         self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
@@ -65,7 +66,7 @@ class OnnxEngine:
         count = int(inputs.input_ids.shape[1])
         fitted = _fitted(sampling, count, self.capacity)
         timings = Timings()
-        steps = generate_steps(self.runner, [inputs], fitted, timings)
+        steps = generate_steps(self.runner, [inputs], fitted, timings, rules=self.rules)
         return _spoken(_tokens(steps), TextStream(self.builder.tokenizer, sampling.stop), on_text, count, timings)
 
     def inputs(self, messages: Messages, pictures: Sequence[Image]) -> ModelInputs:
@@ -123,7 +124,8 @@ def open_engine(artifact: Artifact, threads: int = 0) -> Engine:
     runner = OnnxRunner(artifact, threads=threads)
     runner.load()
     capacity = static_capacity(artifact.manifest.model) or positions(artifact.path)
-    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity)
+    rules = answer_rules(artifact.path, runner.merge_spec)
+    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity, rules)
 
 
 def positions(folder: Path) -> int | None:

@@ -28,31 +28,34 @@ def check_answers(
     longest = max(embeds.values(), key=lambda prompt: prompt.length)
     fed = 1 + np.arange(1, ANSWER_TOKENS)[None] * 7 % (vocab_size - 1)
     with gate.guard("decoder/keep_last", PART, "lowering"):
-        whole, last = (_answered([longest], exact, fed, keep) for keep in (0, 1))
+        whole, last = (_in_one_call(longest, exact, fed, keep) for keep in (0, 1))
         gate.close("decoder/keep_last", PART, "lowering", whole[:, -1:], last[:, -1:], limit)
     with gate.guard("decoder/cache", PART, "lowering"):
-        found = _token_by_token(longest, exact, fed)
-        gate.close("decoder/cache", PART, "lowering", _answered([longest], exact, fed, 0), found, limit)
+        found = _token_by_token([longest], exact, fed)
+        gate.close("decoder/cache", PART, "lowering", _in_one_call(longest, exact, fed, 0), found, limit)
     with gate.guard("decoder/padding_guard", PART, "lowering"):
         gate.verdict("decoder/padding_guard", PART, "lowering", _left_padding(exact, embeds), "faults")
     with gate.guard("decoder/right_padding", PART, "lowering"):
         rows = short_and_long(embeds.values())
-        alone = np.concatenate([_answered([row], exact, fed, 0) for row in rows])
-        gate.close("decoder/right_padding", PART, "lowering", alone, _answered(rows, exact, fed, 0), limit)
+        alone = np.concatenate([_token_by_token([row], exact, fed) for row in rows])
+        gate.close("decoder/right_padding", PART, "lowering", alone, _token_by_token(rows, exact, fed), limit)
 
 
-def _answered(rows: Sequence[DecoderInputs], runner: Runner, fed: Array, keep: int) -> Array:
+def _in_one_call(row: DecoderInputs, runner: Runner, fed: Array, keep: int) -> Array:
     """Logits of the start token and of the last `keep` (0: all) of the tokens `fed` ``[1, n]``, fed in one call."""
+    logits, cache = row.prefill(runner)
+    return np.concatenate([logits, token_inputs(runner, fed).decode(runner, cache, keep)], axis=1)
+
+
+def _token_by_token(rows: Sequence[DecoderInputs], runner: Runner, fed: Array) -> Array:
+    """Logits ``[rows, 1 + n, vocab]`` of the start token and of all of `fed`, fed to every row of one padded batch."""
     inputs, mask = stacked(rows)
     logits, cache = inputs.prefill(runner, mask)
-    more = token_inputs(runner, fed.repeat(len(rows), axis=0)).decode(runner, cache, keep)
-    return np.concatenate([logits, more], axis=1)
-
-
-def _token_by_token(row: DecoderInputs, runner: Runner, fed: Array) -> Array:
-    logits, cache = row.prefill(runner)
-    steps = [token_inputs(runner, fed[:, i : i + 1]).decode(runner, cache) for i in range(fed.shape[1])]
-    return np.concatenate([logits, *steps], axis=1)
+    found = [logits]
+    for place in range(fed.shape[1]):
+        tokens = fed[:, place : place + 1].repeat(len(rows), axis=0)
+        found.append(token_inputs(runner, tokens).decode(runner, cache))
+    return np.concatenate(found, axis=1)
 
 
 def _left_padding(exact: Runner, embeds: Mapping[str, DecoderInputs]) -> list[str]:
