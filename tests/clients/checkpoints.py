@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.families.tiny_qwen import make_tiny_qwen
+from tests.families.tiny_qwen import TEMPLATE, make_tiny_qwen
+from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
 from tests.tiny import make_tiny
-from tests.zoo import gemma
+from tests.zoo import gemma, more
 
 Sizes = tuple[tuple[int, int], ...]
 Kinds = Literal["", "token_type_ids", "mm_token_type_ids"]
@@ -66,10 +67,24 @@ def _paligemma(kind: str) -> WebCase:
     return WebCase(make, _SMALL, kinds="token_type_ids", images_first=True, plain=True)
 
 
+def _glm_ocr(folder: Path) -> Path:
+    template = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", _GLM_PICTURE)
+    tokenizer = byte_level_tokenizer(("<|endoftext|>", "<|im_end|>", *_GLM_TOKENS), more.VOCAB)
+    model = more._glm("GlmOcr", "glm_ocr", tokenizer.convert_tokens_to_ids("<|image|>"))
+    return save_tiny(model, tokenizer, _GLM_IMAGES, folder, template, 0)
+
+
 def _qwen(family: str) -> WebCase:
     return WebCase(lambda folder: make_tiny_qwen(family, folder), _PATCHED, "Qwen2_5_VLProcessor", "mm_token_type_ids")
 
 
+_GLM_TOKENS = ("<|image|>", "<|begin_of_image|>", "<|video|>", "<|end_of_image|>", "<|begin_of_video|>",
+               "<|end_of_video|>")  # fmt: skip
+_GLM_PICTURE = "<|begin_of_image|><|image|><|end_of_image|>"
+_GLM_IMAGES: dict[str, Any] = {
+    **STATISTICS, "size": {"shortest_edge": 6272, "longest_edge": 2007040}, "patch_size": 14, "merge_size": 2,
+    "temporal_patch_size": 2, "image_processor_type": "Glm46VImageProcessor",
+}  # fmt: skip
 # The first picture is of the model's own size: the client resizes others with another filter.
 _SMALL: tuple[Sizes, ...] = (((32, 32),), ((64, 40),), ((32, 32), (40, 64)))
 _PATCHED: tuple[Sizes, ...] = (((112, 84),), ((280, 56),), ((140, 84), (56, 112)), ())
@@ -80,6 +95,7 @@ CASES = {
     "paligemma2": _paligemma("paligemma2"),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
+    "glm_ocr": WebCase(_glm_ocr, _PATCHED, "Glm46VProcessor", "mm_token_type_ids"),
 }
 # The families whose model type is another's.
 MODEL_TYPES = {"paligemma2": "paligemma"}

@@ -37,6 +37,7 @@ WEB_FAMILIES = {
         "Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}, flat_config=True
     ),
     "qwen2_5_vl": WebFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor"),
+    "glm_ocr": WebFamily("Glm46VProcessor", "Glm46VImageProcessor"),
 }
 # Types that the client knows and this layout does not write yet.
 UNWRITTEN = {
