@@ -16,7 +16,7 @@ import torch
 
 from tests.families.tiny_qwen import image_inputs
 from tests.families.tiny_text import picture
-from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
+from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative, take_apart
 from tests.zoo.qwen import load_qwen, prompts
 from vlmexport.errors import BadInputError
 from vlmexport.model.merge import MergeSpec
@@ -173,7 +173,39 @@ def test_what_a_model_raises_for_a_video_is_kept_as_the_reason(monkeypatch: pyte
     reason = "for the layouts that are known, the model raises TypeError: no such argument"
     assert videos.with_videos(*given) == (merge, (f"videos are left out, pictures are not: {reason}",))
     monkeypatch.setattr(videos, "_candidates", lambda _vlm: [])
+    monkeypatch.setattr(videos, "_takes_videos", lambda _vlm: False)
     assert videos.with_videos(*given) == (merge, ())
+
+
+class _TakesVideos:
+    def forward(self, input_ids: Any = None, pixel_values_videos: Any = None) -> None: ...
+
+
+class _TakesNone:
+    def forward(self, input_ids: Any = None, pixel_values: Any = None) -> None: ...
+
+
+def test_a_model_whose_videos_enter_otherwise_says_so() -> None:
+    """As LLaVA-OneVision, LLaVA-NeXT-Video and Video-LLaVA: positions of one axis, no grid, features of their own."""
+    merge, example = MergeSpec(5), {"pixel_values": torch.zeros(1)}
+    takes: Any = SimpleNamespace(model=_TakesVideos())
+    found, notes = videos.with_videos(takes, merge, ((), ()), example)  # type: ignore[arg-type]
+    assert found == merge
+    assert notes == (
+        "videos are left out, pictures are not: pixel_values_videos enter this model in a way of their own, which no "
+        "part of an export has",
+    )
+    none: Any = SimpleNamespace(model=_TakesNone())
+    assert videos.with_videos(none, merge, ((), ()), example) == (merge, ())  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.family
+@pytest.mark.parametrize("family", ["llava_onevision", "video_llava"])
+def test_families_whose_videos_enter_otherwise_say_so(family: str, tmp_path: Path) -> None:
+    split = take_apart(family, tmp_path / "model").split
+    assert split.merge.video is None
+    assert [note for note in split.notes if note.startswith("videos are left out, pictures are not: ")]
 
 
 _SPEC = MergeSpec(image_token_id=5, position="mrope", spatial_merge_size=2, video=VideoSpec(6))

@@ -31,6 +31,7 @@ Example = dict[str, torch.Tensor]
 _LIMIT = 1e-5
 _FRAMES, _SECONDS = 2, 1.5
 _KINDS = "mm_token_type_ids"
+_OTHERWISE = "enter this model in a way of their own, which no part of an export has"
 # What a model raises for a prompt whose video tokens do not stand as it expects.
 _NOT_SO = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
 
@@ -43,12 +44,12 @@ def with_videos(
     And a note that says why not, where the model takes videos and none of those rules is its own.
 
     `parts` are the vision encoder and the projector, whose features of a video's frames are compared with the model's;
-    `example` is one of the whole model with a picture. Models that take no videos, or others, keep none.
+    `example` is one of the whole model with a picture. Models that take no videos keep none, without a note.
     """
-    if merge.position != "mrope" or GRID not in example:
-        return merge, ()
     reasons = []
-    candidates = _candidates(vlm)
+    candidates = _candidates(vlm) if merge.position == "mrope" and GRID in example else []
+    if not candidates and _takes_videos(vlm):
+        return merge, (f"videos are left out, pictures are not: {VIDEO_PIXELS} {_OTHERWISE}",)
     if merge.pictures is not None and candidates:
         return merge, ("videos are left out, pictures are not: the vision encoder takes one picture at a time",)
     for spec in candidates:
@@ -69,6 +70,10 @@ def with_videos(
     return merge, (
         (f"videos are left out, pictures are not: for the layouts that are known, {tried}",) if tried else ()
     )
+
+
+def _takes_videos(vlm: VLM) -> bool:
+    return VIDEO_PIXELS in inspect.signature(vlm.model.forward).parameters
 
 
 def _candidates(vlm: VLM) -> list[VideoSpec]:
