@@ -147,8 +147,9 @@ def _minicpmv(name: str, token: int, **more: Any) -> Any:
 def _in_strips(vlm: VLM) -> tuple[Example, ...]:
     """Prompts with the patches of all pictures in one row ``[1, 3, patch, patch * patches]``."""
     made = []
+    merged = {"16x": 16, "4x": 4}[cast(Any, vlm.config).downsample_mode]
     for index, sizes in enumerate((((4, 8),), ((8, 4),), ((8, 8), (4, 12)))):
-        prompt = _prompt([rows * columns // 16 for rows, columns in sizes], vlm.facts.image_token_id, index)
+        prompt = _prompt([rows * columns // merged for rows, columns in sizes], vlm.facts.image_token_id, index)
         patches = sum(rows * columns for rows, columns in sizes)
         strip = _noise(1, 3, 8, 8 * patches, seed=index)
         made.append({**prompt, "pixel_values": strip, "target_sizes": torch.tensor(sizes)})
@@ -282,7 +283,7 @@ ENTRIES: dict[str, Entry] = {
     "hunyuan_vl": _entry(_hunyuan_vl, _broken_rows),
     "minicpmv4_6": _entry(lambda token: _minicpmv("MiniCPMV4_6", token), _in_strips),
     "minicpmv4_7": _entry(lambda token: _minicpmv("MiniCPMV4_7", token, **_CROPS), _on_canvas),
-    "minicpm_ocr": _entry(lambda token: _minicpmv("MiniCPMOcr", token, downsample_mode="16x"), _in_strips),
+    "minicpm_ocr": _entry(lambda token: _minicpmv("MiniCPMOcr", token), _in_strips),
     "paddleocr_vl": _entry(_paddleocr_vl, _unflattened(14)),
     "qwen2_5_omni_thinker": _entry(_qwen2_5_omni_thinker, _gridded(14, typed=False)),
     "qwen3_5_moe": _entry(_qwen3_5_moe, _gridded(16)),
