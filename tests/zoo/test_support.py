@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from tests.zoo import measure
 from tests.zoo.measure import FAMILIES, ONNX_LIMIT, prove
 from vlmexport.cli.main import run
+from vlmexport.errors import UnsupportedModelError
+from vlmexport.model.load import VLM
 from vlmexport.split.difference import REPLAY_LIMIT
 from vlmexport.support import STATES, TARGETS, support_markdown, support_table
 
@@ -37,6 +41,17 @@ def test_the_command_prints_states_and_reasons(capsys: Capture, tmp_path: Path) 
     assert len(json.loads(report.read_text())["families"]) == len(FAMILIES) * len(TARGETS)
     assert run(["families", "lava"]) == 2
     assert "known: llava" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen3_vl"])
+def test_a_family_that_the_plan_refuses_is_not_verified_in_llama_cpp(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise UnsupportedModelError("nothing goes")
+
+    monkeypatch.setattr(measure, "plan_gguf", refused)
+    assert measure.gguf_verdict(family, cast("VLM", None)) == {"state": "refused", "reason": "nothing goes"}
 
 
 @pytest.mark.slow

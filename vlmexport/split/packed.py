@@ -34,7 +34,8 @@ def packed_pictures(model: Any) -> Iterator[None]:
     """
     encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
     places = [] if encoder is None or encoder in (model, model.base_model) else list(_uses(encoder))
-    if encoder is None or not places:
+    # A tower with pictures of its own axis has no patches of several in a row, and needs no lengths of them.
+    if encoder is None or not any("seqlens" in name for _, name in places):
         yield
         return
     packed = _Packed()
@@ -232,7 +233,8 @@ def _mixed_rows(indices: torch.Tensor, table: torch.Tensor, **settings: Any) -> 
     weights = settings.get("per_sample_weights")
     if weights is None or settings.keys() != {"mode", "per_sample_weights"} or settings["mode"] != "sum":
         raise UnsupportedModelError("the image encoder mixes rows of a table in a way that is not supported yet")
-    return (table[indices] * weights[..., None]).sum(1)
+    rows: torch.Tensor = (table[indices] * weights[..., None]).sum(1)
+    return rows
 
 
 @contextmanager
