@@ -42,12 +42,13 @@ _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 
 def _granite_docling(token: int) -> Any:
-    """Tiles that are pixel-shuffled; what two early layers add, and multipliers of embeddings and logits."""
+    """Tiles that are pixel-shuffled; what two early layers add, and multipliers of embeddings and logits.
+
+    The finer route of its connector is there, and asked for by an input that no example has.
+    """
     text = {**_PLAIN, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
             "logits_scaling": 4.0, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
-    vision = _vision(
-        out_hidden_size=HIDDEN, scale_factor=2, deepstack_visual_indexes=[0, 1], use_fine_route=False, **_TWO
-    )
+    vision = _vision(out_hidden_size=HIDDEN, scale_factor=2, deepstack_visual_indexes=[0, 1], **_TWO)
     return _build("GraniteDocling", text_config=text, vision_config=vision, image_token_id=token, pad_token_id=0)
 
 

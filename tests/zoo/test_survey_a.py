@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,11 @@ import pytest
 import torch
 from onnx_ir.tape import Tape
 
+from tests.zoo.survey_a import ENTRIES
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.logit_mask import scale_logits
+from vlmexport.model.load import load_vlm
+from vlmexport.split.capture import split_model
 from vlmexport.split.logits import LogitScale, find_logit_scale
 
 
@@ -68,3 +73,27 @@ def test_the_graph_scales_as_pytorch_does(scale: LogitScale | None) -> None:
     raw = _logits()
     (found,) = session.run(["logits"], {"x": raw.numpy()})
     np.testing.assert_array_equal(found, raw.numpy() if scale is None else scale.apply(raw).numpy())
+
+
+_ALSO = "only families whose image features replace token embeddings, or are added to those of early layers"
+_SPARSE = "beside keys and values, for attention to some of the tokens; such sparse attention is not supported yet$"
+REFUSED = {
+    "deepseek_ocr2": "no module computes the image features that get_image_features returns",
+    "dots3_note": rf"layer 0 \(indexed_attention\) of the decoder keeps indexer_keys {_SPARSE}",
+    "ernie4_5_vl_moe": f"the decoder also takes moe_mm_token_type_ids; {_ALSO}",
+    "granite4_vision": f"the decoder also takes deepstack_features, vision_mask; {_ALSO}",
+    "hunyuan_vl": r"4 positions for each token; only 3 \(time, height, width\) are supported yet$",
+    "minicpmv4_7": "three positions for each token, but its inputs have no image_grid_thw$",
+    "qwen4_exp": rf"layer 1 \(indexed_attention\) of the decoder keeps indexer_keys, indexer_position_ids {_SPARSE}",
+    "unlimited_ocr": rf"layer 0 \(reference_sliding_attention\) .* keeps prefill_keys, prefill_values {_SPARSE}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_missing_is_said_in_one_line(family: str, tmp_path: Path) -> None:
+    vlm = load_vlm(str(ENTRIES[family].make(tmp_path)))
+    examples = ENTRIES[family].examples(vlm)
+    with pytest.raises(UnsupportedModelError, match=f"^{family}: {REFUSED[family]}") as refusal:
+        split_model(vlm, examples)
+    assert "\n" not in str(refusal.value)

@@ -42,8 +42,8 @@ def expanded_kv(vlm: VLM) -> dict[int, LayerKV]:
 def refuse_more(what: str, layer: Any) -> None:
     """Refuse a layer (`what` names it) whose entry in the cache holds tensors beside keys and values.
 
-    Such layers choose by them which tokens they attend to. With few tokens that is all of them, so nothing else would
-    show it.
+    Such layers attend to some of the tokens, which they choose by them or keep there. With few tokens that is all of
+    them, so nothing else would show it.
     """
     more = [
         name
@@ -52,8 +52,8 @@ def refuse_more(what: str, layer: Any) -> None:
     ]
     if more:
         raise UnsupportedModelError(
-            f"{what} of the decoder keeps {', '.join(more)} beside keys and values, by which it chooses the tokens "
-            "that it attends to; such sparse attention is not supported yet"
+            f"{what} of the decoder keeps {', '.join(more)} beside keys and values, for attention to some of the "
+            "tokens; such sparse attention is not supported yet"
         )
 
 
