@@ -15,7 +15,7 @@ from tests.families.gguf_proof import KL_LIMIT
 from tests.families.tiny_gemma3 import make_tiny_gemma3
 from tests.families.tiny_text import STATISTICS
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.families import gguf_gemma3
+from vlmexport.families import gguf_gemma3, gguf_gemma3_vision
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.model.load import VLM, load_vlm
@@ -54,8 +54,8 @@ def test_keys_differ_from_the_converters_only_where_they_say_more(tiny: VLM) -> 
 
 
 def test_norms_without_their_one_differ_from_the_converter(tiny: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, fault = gguf_gemma3.vision, untouched("mm_soft_emb_norm")
-    monkeypatch.setattr(gguf_gemma3, "vision", lambda *args: fault(right(*args)))
+    right, fault = gguf_gemma3_vision.vision, untouched("mm_soft_emb_norm")
+    monkeypatch.setattr(gguf_gemma3_vision, "vision", lambda *args: fault(right(*args)))
     differing = tensor_differences(_weights(tiny), plan_gguf(tiny, OPTIONS), "mmproj")
     assert differing == ["mm.soft_emb_norm.weight"]
 
@@ -115,7 +115,7 @@ def test_a_config_of_the_hub(hub: dict[str, Any]) -> None:
     assert keys["gemma3.context_length"] == 131072
     assert keys["gemma3.attention.sliding_window"] == 1024
     assert keys["gemma3.attention.sliding_window_pattern"][:7] == [True] * 5 + [False, True]  # type: ignore[index]
-    half = gguf_gemma3.vision(config, STATISTICS, [])
+    half = gguf_gemma3_vision.vision(config, STATISTICS, [])
     assert half.metadata["clip.vision.projector.scale_factor"] == 4
     assert "896 x 896" in half.notes[0]
 
@@ -163,7 +163,7 @@ def test_a_tower_that_llamacpp_computes_otherwise_is_refused(
     keys: dict[str, Any], preprocessor: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
-        gguf_gemma3.vision(Gemma3Config(**keys), {**STATISTICS, **preprocessor}, [])
+        gguf_gemma3_vision.vision(Gemma3Config(**keys), {**STATISTICS, **preprocessor}, [])
 
 
 @pytest.mark.slow
@@ -189,6 +189,7 @@ FAULTS: dict[str, tuple[str, Change]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_turns_the_proof_red(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, change = FAULTS[fault]
-    right = getattr(gguf_gemma3, name)
-    monkeypatch.setattr(gguf_gemma3, name, lambda *args: change(right(*args)))
+    module = gguf_gemma3 if name == "text" else gguf_gemma3_vision
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: change(right(*args)))
     assert run_case(GEMMA[0], tmp_path).worst > 10 * KL_LIMIT

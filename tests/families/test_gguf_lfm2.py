@@ -15,7 +15,7 @@ from tests.families.gguf_proof import KL_LIMIT
 from tests.families.tiny_lfm2 import make_tiny_lfm2
 from tests.families.tiny_text import STATISTICS
 from vlmexport.errors import UnsupportedModelError
-from vlmexport.families import gguf_lfm2
+from vlmexport.families import gguf_lfm2, gguf_lfm2_vision
 from vlmexport.gguf_options import GgufOptions
 from vlmexport.gguf_plan import plan_gguf
 from vlmexport.model.load import VLM, load_vlm
@@ -53,8 +53,8 @@ def test_keys_differ_from_the_converters_only_where_they_say_more(tiny: VLM) -> 
 
 
 def test_swapped_layers_of_the_projector_differ_from_the_converter(tiny: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, fault = gguf_lfm2.vision, swapped("mm.1", "mm.2")
-    monkeypatch.setattr(gguf_lfm2, "vision", lambda *args: fault(right(*args)))
+    right, fault = gguf_lfm2_vision.vision, swapped("mm.1", "mm.2")
+    monkeypatch.setattr(gguf_lfm2_vision, "vision", lambda *args: fault(right(*args)))
     differing = tensor_differences(_weights(tiny), plan_gguf(tiny, OPTIONS), "mmproj")
     assert differing == ["mm.1.bias", "mm.1.weight", "mm.2.bias", "mm.2.weight"]
 
@@ -106,7 +106,7 @@ def test_a_tower_that_llamacpp_computes_otherwise_is_refused(
     keys: dict[str, Any], preprocessor: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
-        gguf_lfm2.vision(Lfm2VlConfig(**keys), {**STATISTICS, **preprocessor}, [])
+        gguf_lfm2_vision.vision(Lfm2VlConfig(**keys), {**STATISTICS, **preprocessor}, [])
 
 
 @pytest.mark.slow
@@ -128,6 +128,7 @@ FAULTS: dict[str, tuple[str, Change]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_turns_the_proof_red(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, change = FAULTS[fault]
-    right = getattr(gguf_lfm2, name)
-    monkeypatch.setattr(gguf_lfm2, name, lambda *args: change(right(*args)))
+    module = gguf_lfm2 if name == "text" else gguf_lfm2_vision
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: change(right(*args)))
     assert run_case(LFM2[0], tmp_path).worst > 10 * KL_LIMIT

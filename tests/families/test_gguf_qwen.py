@@ -92,8 +92,8 @@ def test_the_deepstack_layers_are_named_in_both_files(loaded: Callable[[str], VL
 
 
 def test_deepstack_mergers_are_not_left_out(loaded: Callable[[str], VLM], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gguf_qwen_vl._deepstack_rules
-    monkeypatch.setattr(gguf_qwen_vl, "_deepstack_rules", lambda number, layer: right(number, layer)[:2])
+    right = gguf_qwen_vl.deepstack_rules
+    monkeypatch.setattr(gguf_qwen_vl, "deepstack_rules", lambda number, layer: right(number, layer)[:2])
     with pytest.raises(UnsupportedModelError, match=r"linear_fc2\.weight has no place"):
         plan_gguf(loaded("qwen3_vl"), OPTIONS)
 

@@ -42,8 +42,8 @@ GGUF_VISION = {
     "qwen2_5_vl": "gguf_qwen_vl",
     "qwen3_vl": "gguf_qwen_vl",
     "qwen3_vl_moe": "gguf_qwen_vl",
-    "gemma3": "gguf_gemma3",
-    "lfm2_vl": "gguf_lfm2",
+    "gemma3": "gguf_gemma3_vision",
+    "lfm2_vl": "gguf_lfm2_vision",
 }
 
 

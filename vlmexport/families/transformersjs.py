@@ -16,7 +16,8 @@ class WebFamily:
     `processor` and `image_processor` are its classes. `inputs` gives vision inputs the names that the client feeds
     them by, `masks` are those it feeds as booleans. `counts_all`: its processor adds the further image tokens without
     taking the class token off again. `images_first`: its processor takes the pictures before the text. `flat_config`:
-    it reads the text model's sizes at the top of config.json.
+    it reads the text model's sizes at the top of config.json. `each_picture`: its tower sees one picture at a time, and
+    the graph goes over those that the client feeds at once. `states`: kinds of states that it keeps beside the cache.
     """
 
     processor: str
@@ -26,6 +27,8 @@ class WebFamily:
     counts_all: bool = False
     images_first: bool = False
     flat_config: bool = False
+    each_picture: bool = False
+    states: tuple[str, ...] = ()
 
 
 WEB_FAMILIES = {
@@ -37,6 +40,10 @@ WEB_FAMILIES = {
         "Qwen2VLProcessor", "Qwen2VLImageProcessor", {"image_grid_thw": "grid_thw"}, flat_config=True
     ),
     "qwen2_5_vl": WebFamily("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor"),
+    "mistral3": WebFamily("PixtralProcessor", "PixtralImageProcessor", images_first=True, each_picture=True),
+    "lfm2_vl": WebFamily(
+        "Lfm2VlProcessor", "Lfm2VlImageProcessor", images_first=True, each_picture=True, states=("conv",)
+    ),
     "glm_ocr": WebFamily("Glm46VProcessor", "Glm46VImageProcessor"),
 }
 # Types that the client knows and this layout does not write yet.
