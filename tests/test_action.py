@@ -83,6 +83,18 @@ def test_an_unknown_command_is_refused(tmp_path: Path) -> None:
     assert (code, "command is 'rm -rf'; choose onnx, gguf or trt" in printed) == (2, True)
 
 
+def test_code_of_the_model_runs_in_both_steps_or_in_none(tmp_path: Path) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "vlmexport").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (fake / "vlmexport").chmod(0o755)
+    for given, wanted in (("true", True), ("false", False), ("$(id)", False)):
+        for step in ("Export", "Verify"):
+            values = inputs(model="a", **{"trust-remote-code": given})
+            code, printed = run_step(step, values, tmp_path, fake)
+            assert (code, "--trust-remote-code|" in printed) == (0, wanted)
+
+
 def test_options_of_several_lines_all_count(tmp_path: Path) -> None:
     fake = tmp_path / "bin"
     fake.mkdir()

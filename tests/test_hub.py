@@ -34,6 +34,7 @@ class Hub:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.asked, self.role = error, [], "write"  # type: ignore[var-annotated]
+        self.there: dict[str, Path] = {}
 
     def _note(self, name: str, **given: Any) -> None:
         if self.error is not None:
@@ -46,6 +47,12 @@ class Hub:
 
     def create_repo(self, repo: str, **given: Any) -> None:
         self._note("create_repo", repo=repo, **given)
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        return sorted(self.there)
+
+    def hf_hub_download(self, repo: str, name: str) -> str:
+        return str(self.there[name])
 
     def create_commit(self, **given: Any) -> SimpleNamespace:
         self._note("create_commit", **given)
@@ -78,10 +85,58 @@ def test_the_files_of_the_export_go_up_as_one_commit(tmp_path: Path) -> None:
     assert "/home/me" in (tmp_path / "manifest.json").read_text()  # here nothing changes
 
 
-def test_a_file_outside_the_folder_does_not_go(tmp_path: Path) -> None:
+def test_no_path_of_this_machine_goes_up(tmp_path: Path) -> None:
+    home = "/home/me/secret"
+    manifest = {
+        "source": {"model": f"{home}/my-model", "lora": {"path": f"{home}/my adapter", "rank": 8}},
+        "calibration": {
+            "recipe": {"source": f"{home}/pictures"},
+            "skipped": [f"could not read {home}/a.png: no picture"],
+        },
+        "results": {
+            "verify": {
+                "runtime": {"reference": f"{home}/my-model", "library": "onnxruntime 1.31"},
+                "details": {
+                    "answers": [{"images": [f"{home}/b.png", "C:\\Users\\secret\\c.png"], "text": "1/2 and/or 3"}]
+                },
+            }
+        },
+        "notes": ["see https://huggingface.co/me/secret-free and ~/secret/notes.txt"],
+        "files": {},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    api = Hub()
+    push_folder(tmp_path, TARGET, api)  # type: ignore[arg-type]
+    body = api.asked[-1][1]["operations"][0].path_or_fileobj.decode()
+    assert "/home" not in body
+    assert "secret/" not in body.replace("\\", "/")
+    sent = json.loads(body)
+    assert sent["source"] == {"model": "my-model", "lora": {"path": "my adapter", "rank": 8}}
+    assert sent["calibration"] == {"recipe": {"source": "pictures"}, "skipped": ["could not read a.png: no picture"]}
+    assert sent["results"]["verify"]["runtime"] == {"reference": "my-model", "library": "onnxruntime 1.31"}
+    assert sent["results"]["verify"]["details"]["answers"] == [{"images": ["b.png", "c.png"], "text": "1/2 and/or 3"}]
+    assert sent["notes"] == ["see https://huggingface.co/me/secret-free and notes.txt"]
+
+
+def test_what_an_earlier_export_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    api, old = Hub(), tmp_path / "old.json"
+    old.write_text(json.dumps({"created_by": {"vlmexport": "0"}, "files": {"decoder.onnx": {}, "onnx/old.onnx": {}}}))
+    (tmp_path / "foreign.json").write_text("[]")
+    api.there = {
+        "manifest.json": old, "decoder.onnx": old, "onnx/old.onnx": old, "notes.md": old,
+        "vlmexport_quantization.json": tmp_path / "foreign.json",
+    }  # fmt: skip
+    push_folder(export_folder(tmp_path), TARGET, api)  # type: ignore[arg-type]
+    operations = api.asked[-1][1]["operations"]
+    assert [op.path_in_repo for op in operations if type(op).__name__ == "CommitOperationDelete"] == ["onnx/old.onnx"]
+
+
+def test_a_folder_that_cannot_be_pushed_makes_no_repository(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"files": {"../x": {}}}))
+    api = Hub()
     with pytest.raises(VlmExportError, match="outside"):
-        push_folder(tmp_path, TARGET, Hub())  # type: ignore[arg-type]
+        push_folder(tmp_path, TARGET, api)  # type: ignore[arg-type]
+    assert not api.asked
 
 
 def test_a_token_that_may_only_read_and_a_foreign_owner_are_refused_before_any_work() -> None:
@@ -144,6 +199,8 @@ def test_an_export_is_pushed_and_an_unjudged_one_is_not(
     assert "has not been judged" in capsys.readouterr().err
     assert run(["push", str(out), "me/x", "--unverified"]) == 0
     assert "Pushed to https://huggingface.co/me/my-export/commit/1" in capsys.readouterr().out
+    sent = api.asked[-1][1]["operations"][-1].path_or_fileobj.decode()
+    assert str(tmp_path) not in sent
     (out / "README.md").write_text("changed")
     assert run(["push", str(out), "me/x", "--unverified"]) == 2
     assert "was changed after the export" in capsys.readouterr().err

@@ -54,17 +54,20 @@ def check_target(target: HubTarget, api: HfApi | None = None) -> str:
 def push_folder(folder: Path, target: HubTarget, api: HfApi | None = None) -> str:
     """Upload the files of the export in `folder` as one commit, making the repository where there is none; its address.
 
-    Only what the manifest lists goes, with the manifest, in which a local path of the original is its name alone.
+    Only what the manifest lists goes, with the manifest, in which every path of this machine is its last name alone.
+    Files of an earlier export that the repository's own manifest lists and this one has not are deleted; no others.
     Raises as `check_target`; nothing on this machine changes.
     """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     hub = _api(api)
+    added = _operations(folder)
     try:
         hub.create_repo(target.repo, private=target.private, exist_ok=True)
+        gone = _left_over(hub, target.repo, {operation.path_in_repo for operation in added})
         commit = hub.create_commit(
             repo_id=target.repo,
-            operations=_operations(folder),
+            operations=[*added, *gone],
             commit_message=f"Export by vlmexport: {folder.name}",
         )
     except (HTTPError, OSError) as error:
@@ -76,20 +79,39 @@ def _operations(folder: Path) -> list[Any]:
     """The files to add; every name is below `folder`."""
     from huggingface_hub import CommitOperationAdd
 
+    from vlmexport.local_paths import without_local_paths
     from vlmexport.manifest import safe_join
     from vlmexport.model.source import hub_id
 
     name = manifest_name(folder)
     data = json.loads((folder / name).read_text(encoding="utf-8"))
-    source = data.get("source", {})
-    if "model" in source and hub_id(str(source["model"])) is None:
-        source["model"] = Path(str(source["model"])).name
-    if source.get("lora"):
-        source["lora"]["path"] = Path(str(source["lora"]["path"])).name
     files = {file: safe_join(folder, file) for file in data["files"]}
+    source, runtime = data.get("source", {}), data.get("results", {}).get("verify", {}).get("runtime", {})
+    for owner, key in ((source, "model"), (runtime, "reference"), (source.get("lora") or {}, "path")):
+        if key in owner and hub_id(str(owner[key])) is None:
+            owner[key] = Path(str(owner[key])).name
     added = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()]
-    body = (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+    body = (json.dumps(without_local_paths(data), indent=1, sort_keys=True) + "\n").encode()
     return [*added, CommitOperationAdd(path_in_repo=name, path_or_fileobj=body)]
+
+
+def _left_over(hub: Any, repo: str, new: set[str]) -> list[Any]:
+    """Deletions of the files in `repo` that a manifest of ours lists there and that are not among the `new`."""
+    from huggingface_hub import CommitOperationDelete
+
+    from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME
+    from vlmexport.manifest import MANIFEST_NAME
+
+    there = set(hub.list_repo_files(repo))
+    old: set[str] = set()
+    for name in {MANIFEST_NAME, CHECKPOINT_MANIFEST_NAME} & there:
+        try:
+            data = json.loads(Path(hub.hf_hub_download(repo, name)).read_text(encoding="utf-8"))
+        except ValueError:  # somebody else's file of that name
+            continue
+        if isinstance(data, dict) and "vlmexport" in data.get("created_by", {}) and isinstance(data.get("files"), dict):
+            old |= {name, *data["files"]}
+    return [CommitOperationDelete(path_in_repo=file) for file in sorted((old & there) - new)]
 
 
 def manifest_name(folder: Path) -> str:

@@ -87,6 +87,9 @@ def test_the_original_answers_beside_it_and_parts_are_compared(server: Server) -
 def test_the_line_for_production_is_printed(export: Path) -> None:
     lines = production_lines(open_artifact(export))
     assert lines[-1] == "vlmexport quantize --model demo --out checkpoint && vllm serve checkpoint"
+    artifact = open_artifact(export)
+    artifact.manifest.source["lora"] = {"path": "my adapter"}
+    assert "quantize --model demo --lora 'my adapter' --out checkpoint &&" in production_lines(artifact)[-1]
 
 
 @pytest.mark.slow

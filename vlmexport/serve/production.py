@@ -25,7 +25,9 @@ def production_lines(artifact: Artifact) -> list[str]:
             ]
         return ["for production, export with --triton and serve the repository with Triton"]
     model = shlex.quote(str(manifest.source.get("model", "MODEL")))
+    adapter = manifest.source.get("lora")
+    lora = f" --lora {shlex.quote(str(adapter['path']))}" if adapter else ""
     return [
         f"for production, vLLM with a quantized checkpoint of the same model ({folder} is for ONNX Runtime):",
-        f"vlmexport quantize --model {model} --out checkpoint && vllm serve checkpoint",
+        f"vlmexport quantize --model {model}{lora} --out checkpoint && vllm serve checkpoint",
     ]
