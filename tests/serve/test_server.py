@@ -269,6 +269,7 @@ def test_the_side_by_side_stream(start: Start) -> None:
         {"messages": asked("x", "https://[x/y.png")},
         {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
         {"messages": [{"role": "user", "content": "x" * 1_000_001}]}, {"user": list(range(30_000))},
+        {"verbosity": "low"}, {"verbosity": []},
     ],
 )  # fmt: skip
 def test_values_of_a_wrong_kind_are_refused_in_words(change: dict[str, Any], start: Start) -> None:
@@ -279,6 +280,44 @@ def test_values_of_a_wrong_kind_are_refused_in_words(change: dict[str, Any], sta
 def test_values_that_clients_send_are_taken(start: Start) -> None:
     body = {"messages": asked("hi"), "seed": -1, "max_completion_tokens": None, "max_tokens": 5, "stop": None}
     assert post(start(Parrot()), json.dumps(body).encode())[0] == 200
+    body |= {"verbosity": None, "audio": None, "function_call": None, "tools": None, "n": 1, "store": False}
+    body |= {"metadata": {"a": "b"}, "user": "x", "prompt_cache_key": "y", "reasoning_effort": "none"}
+    body["messages"] = [{"role": "user", "content": [
+        {"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": data_url(), "detail": "low"}}
+    ], "name": "me"}]  # fmt: skip
+    assert post(start(Parrot()), json.dumps(body).encode())[0] == 200
+
+
+def test_a_table_with_many_commas_is_an_ordinary_prompt(start: Start) -> None:
+    parrot = Parrot()
+    table = "1,2,3\n" * 10_001
+    assert post(start(parrot), json.dumps({"messages": asked(table)}).encode())[0] == 200
+    assert parrot.heard[0][0][0]["content"][0]["text"] == table
+
+
+def test_requests_behind_a_streamed_answer_are_as_the_first(start: Start) -> None:
+    """Their client has as much time to ask, and is told of an error of ours."""
+
+    class Once(Parrot):
+        def speak(self, *args: Any) -> Any:
+            if self.heard:
+                raise ZeroDivisionError("oops")
+            return super().speak(*args)
+
+    server = start(Once(), Limits(stalled_s=0.3))
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.connect()
+    first = connection.sock
+    for stream, status in ((True, 200), (False, 500)):
+        body = json.dumps({"messages": asked("x"), "stream": stream})
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        assert connection.sock is first
+        response = connection.getresponse()
+        answer = response.read()
+        assert response.status == status
+        threading.Event().wait(0.8)  # longer than a client may stall
+    assert b"internal error: ZeroDivisionError" in answer
+    connection.close()
 
 
 @pytest.mark.parametrize("length", ["\xb2", "9" * 5000, "-1", ""])
@@ -288,8 +327,21 @@ def test_a_length_that_is_no_number_is_refused(length: str, start: Start) -> Non
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode("latin-1"))
         assert raw.recv(65536).startswith(b"HTTP/1.1 411 ")
-    status, answer = post(server, b"{}", **{"Transfer-Encoding": "chunked"})
-    assert (status, "not in chunks" in answer["error"]["message"]) == (411, True)
+
+
+def test_a_body_in_chunks_is_answered_and_the_connection_stays(start: Start) -> None:
+    server = start(Parrot())
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    for text in ("one", "two"):
+        body = json.dumps({"messages": asked(text)}).encode()
+        pieces = iter([body[:7], body[7:]])
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", pieces, kind, encode_chunked=True)
+        response = connection.getresponse()
+        assert json.loads(response.read())["choices"][0]["message"]["content"] == text
+    connection.close()
+    status, answer = post(server, b"{}", **{"Transfer-Encoding": "gzip"})
+    assert (status, "in chunks and nothing else" in answer["error"]["message"]) == (501, True)
 
 
 def test_our_own_error_is_an_answer(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,20 @@ def _peak_without_proc() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def available_memory(facts: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that a process may take before the machine swaps, as the kernel's `facts` estimate them.
+
+    None where the kernel does not tell (anything but Linux). The limit of a container is not in it.
+    """
+    if not facts.is_file():
+        return None
+    for line in facts.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return 1024 * int(value.split()[0])
+    return None
+
+
 class AnonymousPeak:
     """Samples a process's memory while a ``with`` block runs; the kernel keeps no peak of RssAnon itself.
 

@@ -1,7 +1,9 @@
 """OpenAI's chat completions: the request, checked, and the bodies of the answers.
 
 Follows the public API reference of ``POST /v1/chat/completions``. What would change the answer and is not done here
-(tools, several choices, log probabilities) is refused, never ignored.
+(tools, several choices, log probabilities) is refused. Taken and not used: keys that are null, those that ask for
+nothing in an answer (`_WITHOUT_EFFECT`), a message's ``name``, and a picture's ``detail``: the model's own processor
+says how large every picture is.
 """
 
 from __future__ import annotations
@@ -29,22 +31,26 @@ _WITHOUT_EFFECT = {
     "service_tier",
     "parallel_tool_calls",
     "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prediction",
 }
 _KNOWN = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream"}
 # Refused unless they say what is done anyway.
 _DEFAULTS: Mapping[str, tuple[Any, ...]] = {
-    "n": (1, None),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
-    "functions": ([], None),
-    "logprobs": (False, None),
-    "top_logprobs": (0, None),
-    "response_format": ({"type": "text"}, None),
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "logit_bias": ({}, None),
-    "modalities": (["text"], None),
-    "audio": (None,),
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
 }
 
 
@@ -65,7 +71,7 @@ def parse_request(data: Any, limits: Limits) -> ChatRequest:
     if not isinstance(data, dict):
         raise RefusedError(400, "the body must be a JSON object")
     for key in data.keys() - _KNOWN - _WITHOUT_EFFECT:
-        if key not in _DEFAULTS or data[key] not in _DEFAULTS[key]:
+        if data[key] is not None and data[key] not in _DEFAULTS.get(key, ()):
             raise RefusedError(400, f"{key} is not supported by this server", key)
     messages, urls = _messages(data.get("messages"), limits)
     return ChatRequest(

@@ -55,8 +55,16 @@ class Engine(Protocol):
 class OnnxEngine:
     """An export of ONNX graphs, or any other `Runner` with its processor."""
 
-    def __init__(self, runner: Runner, builder: PromptBuilder, capacity: int | None, rules: AnswerRules = FREE) -> None:
-        self.runner, self.builder, self.capacity, self.rules = runner, builder, capacity, rules
+    def __init__(
+        self,
+        runner: Runner,
+        builder: PromptBuilder,
+        capacity: int | None,
+        rules: AnswerRules = FREE,
+        limits: Limits | None = None,
+    ) -> None:
+        self.runner, self.builder, self.rules = runner, builder, rules
+        self.capacity = (limits or Limits()).prompt_tokens if capacity is None else capacity
 
     def speak(
         self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
@@ -67,7 +75,8 @@ class OnnxEngine:
         fitted = _fitted(sampling, count, self.capacity)
         timings = Timings()
         steps = generate_steps(self.runner, [inputs], fitted, timings, rules=self.rules)
-        return _spoken(_tokens(steps), TextStream(self.builder.tokenizer, sampling.stop), on_text, count, timings)
+        tokens = _tokens(steps, self.rules, fitted.max_new_tokens)
+        return _spoken(tokens, TextStream(self.builder.tokenizer, sampling.stop), on_text, count, timings)
 
     def inputs(self, messages: Messages, pictures: Sequence[Image]) -> ModelInputs:
         """The chat as the model takes it. Raises `RefusedError` where its template or processor refuses it."""
@@ -86,13 +95,13 @@ class OnnxEngine:
 class GgufEngine:
     """A GGUF export in llama.cpp."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int, limits: Limits) -> None:
         from vlmexport.runtime.llamacpp.export import SMALLEST_CONTEXT, open_runner
         from vlmexport.runtime.llamacpp.prompt import prompt_builder
 
         self.runner = open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT)
         self.builder = prompt_builder(artifact.path)
-        self.capacity = positions(artifact.path)
+        self.capacity = positions(artifact.path) or limits.prompt_tokens
 
     def speak(
         self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
@@ -115,17 +124,17 @@ class GgufEngine:
         )
 
 
-def open_engine(artifact: Artifact, threads: int = 0) -> Engine:
+def open_engine(artifact: Artifact, limits: Limits, threads: int = 0) -> Engine:
     """The engine of an export, its graphs open."""
     if artifact.manifest.layout == GGUF_LAYOUT:
-        return GgufEngine(artifact, threads)
+        return GgufEngine(artifact, threads, limits)
     from vlmexport.runtime.ort import OnnxRunner
 
     runner = OnnxRunner(artifact, threads=threads)
     runner.load()
     capacity = static_capacity(artifact.manifest.model) or positions(artifact.path)
     rules = answer_rules(artifact.path, runner.merge_spec)
-    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity, rules)
+    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity, rules, limits)
 
 
 def positions(folder: Path) -> int | None:
@@ -140,17 +149,20 @@ def positions(folder: Path) -> int | None:
     return int(found) if found else None
 
 
-def _fitted(sampling: Sampling, prompt_tokens: int, capacity: int | None) -> Sampling:
-    capacity = Limits().prompt_tokens if capacity is None else capacity
+def _fitted(sampling: Sampling, prompt_tokens: int, capacity: int) -> Sampling:
     if prompt_tokens >= capacity:
-        raise RefusedError(
-            400, f"the prompt has {prompt_tokens} tokens; this model has {capacity} positions", "messages"
-        )
+        raise RefusedError(400, f"the prompt has {prompt_tokens} tokens; there is room for {capacity}", "messages")
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, capacity - prompt_tokens))
 
 
-def _tokens(steps: Iterator[list[int | None]]) -> Iterator[int | None]:
-    for (token,) in steps:
+def _tokens(steps: Iterator[list[int | None]], rules: AnswerRules, longest: int) -> Iterator[int | None]:
+    """The tokens of an answer, and None where the model ended it.
+
+    An end that `rules` force at the longest length is none of the model's: the answer was cut there.
+    """
+    for count, (token,) in enumerate(steps, start=1):
+        if token is None and rules.last is not None and count == longest:
+            return
         yield token
 
 

@@ -11,9 +11,10 @@ _MB = 1_000_000
 class Limits:
     """Limits of one server.
 
-    `body_bytes` of one request and `waiting_bytes` of all that are read or waiting; `values` of its JSON, `text_bytes`
-    of its texts; `image_bytes` of a picture file, `pixels` of all pictures of a request, `images` of them.
-    `waiting`: requests that wait for their turn; `wait_s`: how long. `fetch_s`: for a remote picture, all of it.
+    `body_bytes` of one request and `waiting_bytes` of all that are read or waiting, with the pictures fetched for them;
+    `values` of its JSON, `text_bytes` of its texts; `image_bytes` of a picture file, `pixels` of all pictures of a
+    request, `images` of them. `waiting`: requests that wait for their turn; `wait_s`: how long. `fetch_s`: for a remote
+    picture, from connecting to its last byte (its name is looked up before, in the time that the system takes for it).
     `request_s`: for a client to send its whole request. `stalled_s`: how long it may, in all, not take what it is sent.
     `connections` at once. `prompt_tokens` where the model has no number of positions; `new_tokens`: the longest answer.
     """

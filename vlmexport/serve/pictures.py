@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from vlmexport.errors import BadInputError
@@ -23,16 +23,19 @@ _PARAM = "messages"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def picture_files(urls: Sequence[str], allowed: Collection[str], limits: Limits) -> tuple[bytes, ...]:
+def picture_files(
+    urls: Sequence[str], allowed: Collection[str], limits: Limits, take: Callable[[int], None]
+) -> tuple[bytes, ...]:
     """The files behind `urls`, whose headers say that they are pictures within the limits; nothing is decoded yet.
 
-    Raises `RefusedError`.
+    `take` is told the size of each piece that is fetched (what a data URL holds was part of a body). Raises
+    `RefusedError`, as `take` does where there is no memory left for more.
     """
     if len(urls) > limits.images:
         raise RefusedError(400, f"{len(urls)} pictures in one request; the limit is {limits.images}", _PARAM)
     files, pixels = [], 0
     for url in urls:
-        data = _from_data_url(url, limits) if url[:5].lower() == "data:" else fetch(url, allowed, limits)
+        data = _from_data_url(url, limits) if url[:5].lower() == "data:" else fetch(url, allowed, limits, take)
         pixels += _pixels(data)
         if pixels > limits.pixels:
             raise RefusedError(400, f"the pictures have {pixels} pixels; the limit is {limits.pixels}", _PARAM)

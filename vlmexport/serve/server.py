@@ -9,7 +9,6 @@ take what it is sent, or is gone, loses its turn.
 from __future__ import annotations
 
 import json
-import re
 import select
 import socket
 import sys
@@ -17,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
 from vlmexport.errors import VlmExportError
+from vlmexport.serve.body import parsed, read_body
 from vlmexport.serve.chat import ChatRequest, Reply, parse_request
 from vlmexport.serve.compare import Original
 from vlmexport.serve.engine import Engine
@@ -120,12 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     server: Server
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection.settimeout(self.server.service.limits.request_s)
-
     def handle_one_request(self) -> None:
         """One request, which has to arrive in time."""
+        self.streaming = False
+        self.connection.settimeout(self.server.service.limits.request_s)
         self.server.reads(self.connection, done=False)
         try:
             super().handle_one_request()
@@ -144,7 +142,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             self._check_host()
-            self._check_framing()
             work()
         except RefusedError as refusal:
             self._refuse(refusal)
@@ -157,10 +154,6 @@ class _Handler(BaseHTTPRequestHandler):
             if not self.streaming:
                 self._refuse(RefusedError(500, f"internal error: {type(error).__name__}"))
 
-    def _check_framing(self) -> None:
-        if self.headers.get("Transfer-Encoding"):
-            raise RefusedError(411, "a body comes with Content-Length here, not in chunks")
-
     def _check_host(self) -> None:
         name = host_name(self.headers.get("Host", ""))
         if self.server.local and name not in LOCAL_NAMES:
@@ -168,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> None:
         self.server.reads(self.connection, done=True)
-        self.close_connection |= self.headers.get("Content-Length", "0") != "0"
+        self.close_connection |= self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         path = self.path.partition("?")[0]
         if path in _FILES:
             name, kind = _FILES[path]
@@ -186,51 +179,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> None:
         path = self.path.partition("?")[0]
-        if path not in ("/v1/chat/completions", "/api/compare"):
+        answers = {"/v1/chat/completions": self._complete, "/api/compare": self._compare, "/api/ask": self._ask}
+        if path not in answers:
             raise RefusedError(404, f"there is no {path} here")
-        length = self._length()
         with self.server.turns.room() as take:
-            request = parse_request(self._body(length, take), self.server.service.limits)
-            files = picture_files(request.urls, self.server.service.allowed_hosts, self.server.service.limits)
+            request, files = self._arrived(take)
             with self.server.turns.turn():
                 self.stop_if_gone()
-                answer = self._complete if path == "/v1/chat/completions" else self._compare
-                answer(request, files)
+                answers[path](request, files)
+
+    def _arrived(self, take: Callable[[int], None]) -> tuple[ChatRequest, tuple[bytes, ...]]:
+        """The request, all of it, and its pictures' files; they stand for its `urls`, which it holds no more."""
+        service = self.server.service
+        body = parsed(read_body(self.rfile, self.headers, service.limits, take))
+        self.server.reads(self.connection, done=True)
+        request = parse_request(body, service.limits)
+        del body
+        files = picture_files(request.urls, service.allowed_hosts, service.limits, take)
+        return replace(request, urls=()), files
 
     def stop_if_gone(self) -> None:
         """Raise `ConnectionAbortedError` when the client has hung up: nobody waits for the rest of the answer."""
         readable, _, _ = select.select([self.connection], [], [], 0)
         if readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError
-
-    def _length(self) -> int:
-        if self.headers.get_content_type() != "application/json":
-            raise RefusedError(415, "the body must be application/json")
-        text, limit = self.headers.get("Content-Length", ""), self.server.service.limits.body_bytes
-        if not re.fullmatch("[0-9]{1,12}", text):
-            raise RefusedError(411, "the request has no Content-Length that is a number")
-        if int(text) > limit:
-            raise RefusedError(413, f"the body has {text} bytes; the limit is {limit}")
-        return int(text)
-
-    def _body(self, length: int, take: Callable[[int], None]) -> Any:
-        pieces, missing, values = [], length, 0
-        while missing:
-            piece = self.rfile.read(min(missing, _PIECE))
-            if not piece:
-                raise ConnectionAbortedError
-            take(len(piece))
-            pieces.append(piece)
-            missing -= len(piece)
-            values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
-        self.server.reads(self.connection, done=True)
-        if values > self.server.service.limits.values:
-            limit = self.server.service.limits.values
-            raise RefusedError(400, f"the body has about {values} values; the limit is {limit}")
-        try:
-            return json.loads(b"".join(pieces))
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise RefusedError(400, f"the body is not valid JSON: {error}") from error
 
     def _complete(self, request: ChatRequest, files: tuple[bytes, ...]) -> None:
         service, pictures = self.server.service, decoded(files)
@@ -256,24 +228,31 @@ class _Handler(BaseHTTPRequestHandler):
             events.send(reply.usage(spoken.usage))
         events.end("[DONE]")
 
+    def _ask(self, request: ChatRequest, files: tuple[bytes, ...]) -> None:
+        """As `_compare`, of the export alone."""
+        self._tell_sides(request, files, None)
+
     def _compare(self, request: ChatRequest, files: tuple[bytes, ...]) -> None:
         """Events ``{"side", "text"}`` while answers come, ``{"side", "timings"}`` after each, then ``{"parts"}``."""
+        self._tell_sides(request, files, self.server.service.original)
+
+    def _tell_sides(self, request: ChatRequest, files: tuple[bytes, ...], original: Original | None) -> None:
         service, pictures = self.server.service, decoded(files)
         events = _Events(self, lambda: {"side": "export", "text": ""})
         sides: list[tuple[str, Any]] = [("export", service.engine)]
-        if service.original is not None:
-            sides.append(("original", service.original))
+        if original is not None:
+            sides.append(("original", original))
         try:
             for side, speaker in sides:
-                if speaker is service.original and (why := service.original.why_not()):
+                if speaker is original and original is not None and (why := original.why_not()):
                     events.send({"side": side, "error": why})
                     break
                 tell = _tell(events, side)
                 spoken = speaker.speak(request.messages, pictures, request.sampling, tell)
                 events.send({"side": side, "timings": spoken.timings, "finish": spoken.finish, **spoken.usage})
             else:
-                if service.original is not None:
-                    parts = service.original.differences(service.engine, request.messages, pictures)
+                if original is not None:
+                    parts = original.differences(service.engine, request.messages, pictures)
                     events.send({"parts": [asdict(part) for part in parts]})
         except (RefusedError, VlmExportError) as error:
             if not events.begun and isinstance(error, RefusedError):

@@ -32,12 +32,12 @@ def start_server(
     """Open the export in `path` and listen on `address`; see `vlmexport.api.make_server`."""
     artifact = open_artifact(path, check_hashes=False)
     require_text(artifact)
-    original = Original(artifact, model, trust_remote_code=trust_remote_code) if compare else None
     limits = (
         Limits()
         if waiting is None
         else dataclasses.replace(Limits(), waiting=waiting, connections=waiting + _MORE_CONNECTIONS)
     )
-    engine = open_engine(artifact, threads)
+    original = Original(artifact, model, limits, trust_remote_code=trust_remote_code) if compare else None
+    engine = open_engine(artifact, limits, threads)
     service = Service(path.resolve().name, engine, facts(artifact), original, allowed_hosts, limits)
     return listening(lambda: Server(address, service), *address, "--port or --host")

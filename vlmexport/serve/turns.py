@@ -28,7 +28,7 @@ class Turns:
 
     @contextmanager
     def room(self) -> Iterator[Callable[[int], None]]:
-        """Hold bytes of the budget for request bodies: what is yielded takes so many more, as they arrive."""
+        """Hold bytes of the budget for bodies and fetched pictures: what is yielded takes more of it as they arrive."""
         held = 0
 
         def take(size: int) -> None:

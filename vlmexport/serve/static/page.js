@@ -1,5 +1,5 @@
 "use strict";
-// Talks to its own server alone: GET /api/info, POST /api/compare (server-sent events).
+// Talks to its own server alone: GET /api/info, POST /api/compare or /api/ask (server-sent events).
 const at = (id) => document.getElementById(id);
 let picture = null;
 
@@ -44,7 +44,7 @@ function parts(found) {
   at("parts").hidden = !found.length;
   at("parts").querySelector("tbody").replaceChildren(...found.map((part) => {
     const row = document.createElement("tr");
-    for (const text of [part.part, part.metric, part.value === null ? "not finite" : part.value.toExponential(2)]) {
+    for (const text of [part.part, part.metric, part.value === null ? part.note : part.value.toExponential(2)]) {
       const cell = document.createElement("td");
       cell.textContent = text;
       row.append(cell);
@@ -72,7 +72,7 @@ async function ask() {
     max_tokens: Number(at("tokens").value),
     temperature: Number(at("temperature").value),
   };
-  const response = await fetch("/api/compare", {
+  const response = await fetch(at("both").checked ? "/api/compare" : "/api/ask", {
     method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body),
   });
   if (!response.ok) return fail((await response.json()).error.message);
@@ -89,6 +89,8 @@ async function start() {
   const info = await (await fetch("/api/info")).json();
   at("name").textContent = info.name;
   at("facts").textContent = info.words;
+  at("both").checked = info.compares;
+  at("both").parentElement.hidden = !info.compares;
   at("original").hidden = !info.compares;
 }
 
@@ -100,6 +102,7 @@ at("drop").addEventListener("drop", (event) => {
   at("drop").classList.remove("over");
   take(event.dataTransfer.files[0]);
 });
+at("both").addEventListener("change", () => { at("original").hidden = !at("both").checked; });
 document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
 at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
