@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from PIL import Image
 
+from tests.clients import stand_in
+from tests.clients.stand_in import use_stand_in
 from tests.families.tiny_qwen import TEMPLATE, make_tiny_qwen
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
 from tests.tiny import make_tiny
@@ -22,7 +25,8 @@ Kinds = Literal["", "token_type_ids", "mm_token_type_ids"]
 class WebCase:
     """One family: its checkpoint, and the sizes (width, height) of each prompt's pictures.
 
-    `processor` names the class where transformers' own way to it wants torchvision for videos. `kinds` is the input
+    `processor` names the class where transformers' own way to it wants torchvision for videos, `pictures` stands for
+    one that wants it for pictures (tests/clients/stand_in.py). `kinds` is the input
     that tells PyTorch's model the kinds of tokens. `images_first`: its processor in the client takes the pictures
     before the text. `plain`: it has no chat template, and the client's processor adds the image tokens.
     """
@@ -30,12 +34,21 @@ class WebCase:
     make: Callable[[Path], Path]
     sizes: tuple[Sizes, ...]
     processor: str = ""
+    pictures: Callable[[Sequence[Image.Image]], tuple[list[str], Any]] | None = None
     kinds: Kinds = ""
     images_first: bool = False
     plain: bool = False
 
 
-def use_processor(patch: pytest.MonkeyPatch, name: str) -> None:
+def use_case(patch: pytest.MonkeyPatch, case: WebCase) -> None:
+    """Let transformers load the processor of `case` without torchvision."""
+    if case.pictures is not None:
+        use_stand_in(patch, case.pictures)
+    elif case.processor:
+        _compose_processor(patch, case.processor)
+
+
+def _compose_processor(patch: pytest.MonkeyPatch, name: str) -> None:
     """Let transformers compose the processor `name` of an image processor and a tokenizer, without one for videos."""
     import transformers
 
@@ -75,7 +88,9 @@ def _glm_ocr(folder: Path) -> Path:
 
 
 def _qwen(family: str) -> WebCase:
-    return WebCase(lambda folder: make_tiny_qwen(family, folder), _PATCHED, "Qwen2_5_VLProcessor", "mm_token_type_ids")
+    return WebCase(
+        lambda folder: make_tiny_qwen(family, folder), _PATCHED, "Qwen2_5_VLProcessor", kinds="mm_token_type_ids"
+    )
 
 
 _GLM_TOKENS = ("<|image|>", "<|begin_of_image|>", "<|video|>", "<|end_of_image|>", "<|begin_of_video|>",
@@ -88,6 +103,8 @@ _GLM_IMAGES: dict[str, Any] = {
 # The first picture is of the model's own size: the client resizes others with another filter.
 _SMALL: tuple[Sizes, ...] = (((32, 32),), ((64, 40),), ((32, 32), (40, 64)))
 _PATCHED: tuple[Sizes, ...] = (((112, 84),), ((280, 56),), ((140, 84), (56, 112)), ())
+_WHOLE: tuple[Sizes, ...] = (((32, 48),), ((64, 32),), ((48, 32), (48, 32)), ())
+_TOKENS: tuple[Sizes, ...] = (((64, 96),), ((128, 32),), ((96, 64), (64, 64)), ())
 CASES = {
     "idefics3": WebCase(lambda folder: make_tiny("idefics3", folder), (*_SMALL, ())),
     "llava": WebCase(lambda folder: make_tiny("llava", folder), (*_SMALL, ()), images_first=True),
@@ -95,7 +112,9 @@ CASES = {
     "paligemma2": _paligemma("paligemma2"),
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
-    "glm_ocr": WebCase(_glm_ocr, _PATCHED, "Glm46VProcessor", "mm_token_type_ids"),
+    "glm_ocr": WebCase(_glm_ocr, _PATCHED, "Glm46VProcessor", kinds="mm_token_type_ids"),
+    "mistral3": WebCase(stand_in.make_mistral3, _WHOLE, pictures=stand_in.mistral3_pictures, images_first=True),
+    "lfm2_vl": WebCase(stand_in.make_lfm2, _TOKENS, pictures=stand_in.lfm2_pictures, images_first=True),
 }
 # The families whose model type is another's.
 MODEL_TYPES = {"paligemma2": "paligemma"}

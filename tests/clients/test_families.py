@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from tests.clients.checkpoints import CASES, MODEL_TYPES, WebCase, use_processor
+from tests.clients.checkpoints import CASES, MODEL_TYPES, WebCase, use_case
 from tests.clients.workplace import Case, Clients, write_jobs
 from tests.families.tiny_text import picture
 from vlmexport.api import export_onnx
@@ -130,8 +130,7 @@ def test_node_gives_the_same_tokens(
     family: str, clients: Clients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[family]
-    if case.processor:
-        use_processor(monkeypatch, case.processor)
+    use_case(monkeypatch, case)
     bench = make_bench(case, tmp_path)
     jobs = [{"model": "export", "dtype": n, "images_first": case.images_first, "plain": case.plain} for n in DTYPES]
     if family == DEFAULT:

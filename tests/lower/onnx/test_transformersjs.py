@@ -28,7 +28,9 @@ from vlmexport.lower.onnx.web_families import web_family
 from vlmexport.lower.onnx.web_vision import trace_web_vision
 from vlmexport.lower.onnx.weights import stream_weights
 from vlmexport.manifest import Artifact, open_artifact, write_manifest
+from vlmexport.model.kv import KVGeometry, LayerKV, State
 from vlmexport.model.merge import MergeSpec
+from vlmexport.model.pictures import EachPicture
 from vlmexport.plan import OnnxOptions, plan_export
 from vlmexport.progress import SilentProgress
 from vlmexport.quantize.scheme import make_scheme
@@ -294,6 +296,9 @@ def test_codes_of_another_width_are_refused() -> None:
         ("qwen2_vl", {"deepstack_layers": 3}, True, "reads image_features alone"),
         ("idefics3", {"place": "add"}, True, "in a way that transformers.js does not know"),
         ("llava", {}, False, "keep different things"),
+        ("llava", {"pictures": EachPicture(axis=0)}, True, "lays out no tiles"),
+        ("lfm2_vl", {"pictures": EachPicture(axis=0, patches=True, fixed=(("frames", 1),))}, True, "lays out no tiles"),
+        ("mistral3", {}, False, "keep different things"),
         ("llava_onevision", {}, True, "lays out its tiles"),
     ],
 )
@@ -301,9 +306,26 @@ def test_models_that_the_client_does_not_run_are_refused(
     name: str, merge: dict[str, Any], uniform: bool, reason: str
 ) -> None:
     vlm: Any = SimpleNamespace(facts=SimpleNamespace(model_type=name))
-    split: Any = SimpleNamespace(merge=MergeSpec(image_token_id=1, **merge), kv=SimpleNamespace(uniform=uniform))
+    states = () if uniform else (State(0, "conv", (4, 3)),)
+    split: Any = SimpleNamespace(merge=MergeSpec(image_token_id=1, **merge), kv=KVGeometry(2, 1, 8, states=states))
     with pytest.raises(UnsupportedModelError, match=f"{name}: no transformersjs layout: .*{reason}"):
         web_family(vlm, split)
+
+
+def test_states_and_layers_without_keys_are_taken_where_the_client_names_them() -> None:
+    vlm: Any = SimpleNamespace(facts=SimpleNamespace(model_type="lfm2_vl"))
+    merge = MergeSpec(image_token_id=1, pictures=EachPicture(axis=0, patches=True))
+    layers = (None, LayerKV(1, 8))
+
+    def taken(kind: str, kept: tuple[LayerKV | None, ...]) -> str:
+        kv = KVGeometry(len(kept), 1, 8, kept, (State(0, kind, (4, 3)),))
+        split: Any = SimpleNamespace(merge=merge, kv=kv)
+        return web_family(vlm, split).processor
+
+    assert taken("conv", layers) == "Lfm2VlProcessor"
+    for kind, kept in (("recurrent", layers), ("conv", (*layers, LayerKV(2, 8)))):
+        with pytest.raises(UnsupportedModelError, match="keep different things"):
+            taken(kind, kept)
 
 
 def test_every_family_of_the_table_is_taken() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # What the client reads of the text model, which a checkpoint may leave to its config class's defaults.
 _TEXT_KEYS = (
     "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
-    "vocab_size",
+    "vocab_size", "layer_types",
 )  # fmt: skip
 _TOP_KEYS = ("model_type", "image_token_id", "image_token_index", "video_token_id", "vision_start_token_id")
 
@@ -69,6 +69,11 @@ def _preprocessor(processor: Any, family: WebFamily) -> dict[str, Any]:
     length = getattr(processor, "image_seq_length", None)
     if isinstance(length, int):
         settings["image_seq_length"] = length
+    if isinstance(patch := settings.get("patch_size"), dict):
+        settings["patch_size"] = patch["height"]
+    merge = getattr(processor, "spatial_merge_size", None)
+    if isinstance(merge, int):
+        settings |= {"spatial_merge_size": merge, "patch_size": int(processor.patch_size)}
     return {**settings, "image_processor_type": family.image_processor, "processor_class": family.processor}
 
 

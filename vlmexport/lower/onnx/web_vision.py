@@ -11,7 +11,9 @@ from torch import nn
 from vlmexport.families.transformersjs import WebFamily
 from vlmexport.lower.onnx.encoder import VisionGraph, store_vision, trace_vision
 from vlmexport.lower.onnx.precision import EncoderPrecision
+from vlmexport.lower.onnx.web_each import over_pictures
 from vlmexport.lower.onnx.weights import typed_value
+from vlmexport.model.pictures import EachPicture
 from vlmexport.split.parts import Part, Role, Split
 from vlmexport.target import Dtype
 
@@ -28,6 +30,7 @@ class TracedVision:
     parts: tuple[Part, Part]
     traces: tuple[ir.Model, ir.Model]
     opset: int
+    pictures: EachPicture | None = None
 
     def graph(self, family: WebFamily, storage: Dtype, features: ir.DataType) -> VisionGraph:
         """Pixels float32 to ``image_features [image_tokens, hidden]`` of the type `features`.
@@ -40,6 +43,8 @@ class TracedVision:
             for trace, part in zip(self.traces, self.parts, strict=True)
         )
         joined = _join(encoder, projector)
+        if self.pictures is not None:
+            over_pictures(joined.model.graph, self.pictures)
         _as_client_feeds(joined.model.graph, family)
         _give(joined.model.graph, features)
         return joined
@@ -49,7 +54,7 @@ def trace_web_vision(module: nn.Module, split: Split, opset: int) -> TracedVisio
     """Trace encoder and projector; raises `UnsupportedModelError` where they cannot be."""
     parts = split.parts[Role.VISION_ENCODER], split.parts[Role.PROJECTOR]
     encoder, projector = (trace_vision(module, part, opset) for part in parts)
-    return TracedVision(module, parts, (encoder, projector), opset)
+    return TracedVision(module, parts, (encoder, projector), opset, split.merge.pictures)
 
 
 def _join(encoder: VisionGraph, projector: VisionGraph) -> VisionGraph:
@@ -59,7 +64,8 @@ def _join(encoder: VisionGraph, projector: VisionGraph) -> VisionGraph:
     _prefix_names(second, weights)
     made = {value.name: value for value in first.outputs}
     for value in list(second.inputs):
-        ir.convenience.replace_all_uses_with(value, made[value.name], replace_graph_outputs=True)
+        given = _as_rows(first, made[value.name], value)
+        ir.convenience.replace_all_uses_with(value, given, replace_graph_outputs=True)
     outputs, initializers = list(second.outputs), list(second.initializers.values())
     nodes = list(second)
     second.inputs.clear()
@@ -74,6 +80,22 @@ def _join(encoder: VisionGraph, projector: VisionGraph) -> VisionGraph:
     for domain, version in second.opset_imports.items():
         first.opset_imports[domain] = max(version, first.opset_imports.get(domain, version))
     return VisionGraph(encoder.model, (*encoder.groups, *projector.groups), (*encoder.kept, *projector.kept))
+
+
+def _as_rows(graph: ir.Graph, given: ir.Value, wanted: ir.Value) -> ir.Value:
+    """The value `given` of `graph` with the dimensions of `wanted`: rows where the one has more of them."""
+    if given.shape is None or wanted.shape is None or len(given.shape) == len(wanted.shape):
+        return given
+    (width,) = (int(str(dim)) for dim in wanted.shape[1:])
+    shape = ir.tensor([-1, width], dtype=ir.DataType.INT64, name=f"{given.name}.rows")
+    sizes = ir.Value(
+        name=shape.name, type=ir.TensorType(shape.dtype), shape=ir.Shape([len(wanted.shape)]), const_value=shape
+    )
+    graph.register_initializer(sizes)
+    step = _step("Reshape", [given, sizes], {}, given.dtype)
+    step.outputs[0].name = f"{given.name}.0"
+    graph.append(step)
+    return step.outputs[0]
 
 
 def _prefix_names(graph: ir.Graph, weights: set[int]) -> None:

@@ -6,8 +6,10 @@ decoder are traced once; dtypes with codes of one width share them.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -25,6 +27,7 @@ from vlmexport.lower.onnx.weights import WeightGroup, stream_weights
 from vlmexport.lower.result import Emitted
 from vlmexport.manifest import KeptTensor, PartFile, QuantizedRecord
 from vlmexport.model.load import VLM
+from vlmexport.model.merge import MergeSpec
 from vlmexport.plan import ExportPlan, plan_export
 from vlmexport.progress import Progress
 from vlmexport.quantize.weights import DecoderWeights
@@ -71,11 +74,22 @@ def emit_transformersjs(
         facts={
             "variant": plan.options.dtypes[0],
             "variants": {name: variant.to_dict() for name, variant in variants.items()},
+            **_own_merge(split.merge),
             **({"made_inputs": list(writer.made_inputs)} if writer.made_inputs else {}),
             **({"vision_names": dict(writer.family.inputs)} if writer.family.inputs else {}),
         },
         root_files=web_root_files(vlm, writer.family, plan.options.dtypes, writer.external),
     )
+
+
+def _own_merge(merge: MergeSpec) -> dict[str, Any]:
+    """The manifest's ``merge`` where the vision graph takes the rows of patches that a processor makes of all pictures.
+
+    Pictures that stand in a frame are still cut out of it by our runner; the client has no frames.
+    """
+    if merge.pictures is None or not merge.pictures.patches:
+        return {}
+    return {"merge": dataclasses.replace(merge, pictures=None).to_dict()}
 
 
 @dataclass
