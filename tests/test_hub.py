@@ -222,6 +222,14 @@ def test_the_proof_takes_its_place_in_the_card(tmp_path: Path) -> None:
     json.dumps(REPORT)
 
 
+def test_the_proof_of_several_precisions_has_a_row_for_each() -> None:
+    other = {"status": "failed", "lowering": {"max_abs_logit": 0.5}, "quantization": {"kl": None, "top1": 0.5}}
+    report = {**REPORT, "runtime": {"variants": {"q4": {k: REPORT[k] for k in other}, "int8": other}}}
+    lines = proof_section(report)
+    assert "| `q4` | passed | 2.3e-05 | 0.006 | 99.1 % |" in lines
+    assert "| `int8` | failed | 0.5 |  | 50.0 % |" in lines
+
+
 def test_lineage_is_valid_yaml_of_the_source(tmp_path: Path) -> None:
     header = "license: other\nlicense_name: x\nlanguage:\n- en\n- de\nbase_model: a/b\ntags:\n- secret\n"
     (tmp_path / "README.md").write_text(f"---\n{header}---\n# Hello\n")

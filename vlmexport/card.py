@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmexport.card_proof import proof_section
+from vlmexport.card_usage import library, runtime, tags, usage
 from vlmexport.manifest import Manifest, QuantizedRecord
 from vlmexport.model.source import hub_id
 
@@ -20,14 +21,14 @@ def model_card(manifest: Manifest, source: Path) -> str:
     graphs = ", ".join(f"`{part.file}`" for part in manifest.parts.values())
     lines += [
         f"`{manifest.source['architecture']}` split into {graphs} by "
-        f"vlmexport {manifest.created_by['vlmexport']} for ONNX Runtime (`{manifest.target}` profile)."
+        f"vlmexport {manifest.created_by['vlmexport']} for {runtime(manifest.layout)} (`{manifest.target}` profile)."
         f"{adapter_words(manifest.source)}{code_words(manifest.source)}",
         "",
         _quantization(manifest),
         "",
         "## Run it",
         "",
-        *_usage(manifest),
+        *usage(manifest, source),
         "vlmexport verify . --model PATH_OR_ID_OF_THE_ORIGINAL",
         "```",
         "",
@@ -41,30 +42,6 @@ def model_card(manifest: Manifest, source: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _usage(manifest: Manifest) -> list[str]:
-    """The command that answers a question, or for an export that gives embeddings the Python that makes them."""
-    if manifest.model.get("output") != "embeddings":
-        return ["```sh", 'vlmexport run . --image picture.png --prompt "What is in this picture?"']
-    return [
-        "It gives an embedding of length 1 for each token of a page or a query; the score of a page is the sum, over",
-        "the query's embeddings, of the best product with one of the page's.",
-        "",
-        "```python",
-        "from pathlib import Path",
-        "from vlmexport.manifest import open_artifact",
-        "from vlmexport.runtime.retrieval import RetrievalRunner",
-        "from vlmexport.runtime.retrieval_inputs import RetrievalInputs",
-        "",
-        'inputs, runner = RetrievalInputs(Path(".")), RetrievalRunner(open_artifact(Path(".")))',
-        'page, _ = runner.embeddings([inputs.page(Path("page.png"))])',
-        'query, _ = runner.embeddings([inputs.query("How many shapes?")])',
-        "score = (query[0] @ page[0].T).max(axis=1).sum()",
-        "```",
-        "",
-        "```sh",
-    ]
-
-
 def kept_table(manifest: Manifest) -> list[str]:
     """The section on the weights that are not quantized, alike ones counted."""
     counts = Counter((k.part, k.dtype, k.reason) for k in manifest.unquantized)
@@ -75,7 +52,8 @@ def kept_table(manifest: Manifest) -> list[str]:
 def metadata(manifest: Manifest, source: Path) -> list[str]:
     """The card's header for the hub: library, task, tags, licence and lineage."""
     kept = lineage(source / "README.md", manifest.source["model"])
-    lines = ["---", "library_name: onnx", f"pipeline_tag: {_task(manifest)}", "tags:", "- onnx", "- vlmexport"]
+    named = [f"- {tag}" for tag in ("onnx", "vlmexport", *tags(manifest.layout))]
+    lines = ["---", f"library_name: {library(manifest.layout)}", f"pipeline_tag: {_task(manifest)}", "tags:", *named]
     return [*lines, *kept, "---"]
 
 

@@ -38,6 +38,7 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
     ]
     if rows:
         lines += ["", "| against the original | |", "|---|---|", *rows]
+    lines += _variants(report)
     missing = [check["name"] for check in report["checks"] if check["status"] == "not_run"]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -45,6 +46,22 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _variants(report: Mapping[str, Any]) -> list[str]:
+    """A row for each precision, where the export has several: the numbers above are the first one's."""
+    found = report.get("runtime", {}).get("variants", {})
+    rows = [
+        " | ".join((f"| `{name}`", one["status"], *(_told(one[side].get(key), share) for side, key, share in _COLUMNS)))
+        for name, one in found.items()
+    ]
+    header = "| dtype | gate | largest difference of a logit | KL from the original, nats per token | same top token |"
+    return ["", header, "|---|---|---|---|---|", *(f"{row} |" for row in rows)] if rows else []
+
+
+def _told(value: float | None, share: bool) -> str:
+    return "" if value is None else _number(value, share)
+
+
+_COLUMNS = (("lowering", "max_abs_logit", False), ("quantization", "kl", False), ("quantization", "top1", True))
 _WORDS = {"passed": "checks passed", "failed": "failed", "not_run": "not run"}
 _ROWS = (
     ("lowering", "max_abs_logit", "largest difference of a logit, same codes in PyTorch", False),
