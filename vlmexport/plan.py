@@ -262,6 +262,7 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
     check_options(options, target)
     check_kept(vlm.quantized, options.scheme, named=options.scheme_named)
     check_cross(vlm, split, options)
+    _check_chunks(vlm, split, options)
     experts = plan_experts(vlm, split, target, options)
     if options.kv_cache == "int8" and not split.kv.uniform:
         raise BadInputError(
@@ -286,6 +287,15 @@ def plan_export(vlm: VLM, split: Split, target: Target, options: OnnxOptions) ->
         return plan
     schemes = prompt_schemes(weights, head_weight_name(vlm))
     return dataclasses.replace(plan, prefill_bytes=prompt_bytes(plan.by_name, schemes))
+
+
+def _check_chunks(vlm: VLM, split: Split, options: OnnxOptions) -> None:
+    from vlmexport.split.chunks import refuse_chunks
+    from vlmexport.split.decoder import DecoderPart
+
+    for part in split.parts.values():
+        if isinstance(part.module, DecoderPart):
+            refuse_chunks(vlm.facts.model_type, part.module, options.attention)
 
 
 def float_weights(vlm: VLM, split: Split, target: Target) -> tuple[WeightPlan, ...]:

@@ -69,9 +69,9 @@ def _llama4(folder: Path) -> Path:
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 8, "vision_output_dim": 96, "projector_input_dim": 96,
               "projector_output_dim": 96}  # fmt: skip
-    text = {**_TEXT, "intermediate_size": 96, "intermediate_size_mlp": 192, "num_hidden_layers": 4, "head_dim": 32,
-            "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 16, "floor_scale": 8}  # fmt: skip
+    text = {**_TEXT, "intermediate_size": 96, "intermediate_size_mlp": 192, "num_hidden_layers": 3, "head_dim": 32,
+            "num_local_experts": 3, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1], "attention_chunk_size": 16, "floor_scale": 8}  # fmt: skip
     return _save("Llama4", folder, text, vision)
 
 
@@ -87,8 +87,11 @@ def _save(stem: str, folder: Path, text: dict[str, Any], vision: dict[str, Any],
     return save_tiny(model, tokenizer, dict(STATISTICS), folder, "", 0)
 
 
-def _pictures(*counts: int, each: int = 0) -> Callable[[VLM], tuple[Example, ...]]:
-    """Prompts about `counts` pictures each, which stand for `each` rows (0: as the model says)."""
+def _pictures(*counts: int, each: int = 0, after: int = 5) -> Callable[[VLM], tuple[Example, ...]]:
+    """Prompts about `counts` pictures each, which stand for `each` rows (0: as the model says).
+
+    `after`: so many tokens of text stand behind the pictures.
+    """
 
     def examples(vlm: VLM) -> tuple[Example, ...]:
         generator = torch.Generator().manual_seed(1)
@@ -96,8 +99,8 @@ def _pictures(*counts: int, each: int = 0) -> Callable[[VLM], tuple[Example, ...
         for count in counts:
             pixels: Pixels = {"pixel_values": torch.randn(count, 3, 32, 32, generator=generator)}
             rows = each * count or count_rows(vlm.model, vlm.facts.image_token_id, pixels)
-            before, after = (torch.randint(10, VOCAB - 60, (1, n), generator=generator) for n in (3, 5))
-            ids = torch.cat([before, torch.full((1, rows), vlm.facts.image_token_id), after], dim=1)
+            before, behind = (torch.randint(10, VOCAB - 60, (1, n), generator=generator) for n in (3, after))
+            ids = torch.cat([before, torch.full((1, rows), vlm.facts.image_token_id), behind], dim=1)
             found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
         return tuple(found)
 
@@ -108,5 +111,5 @@ ENTRIES = {
     "qwen3_vl_moe": Entry(make=_qwen3_vl_moe, examples=qwen.prompts),
     "glm4v_moe": Entry(make=_glm4v_moe, examples=qwen.prompts),
     "aria": Entry(make=_aria, examples=_pictures(2, 1, 3)),
-    "llama4": Entry(make=_llama4, examples=_pictures(2, 1, 3, each=4)),
+    "llama4": Entry(make=_llama4, examples=_pictures(2, 1, 3, each=4, after=33)),
 }

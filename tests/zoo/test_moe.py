@@ -1,4 +1,4 @@
-"""Mixtures of experts whose layers differ in more than their weights, and those that are refused.
+"""Mixtures of experts whose layers differ in more than their weights.
 
 Each family's exports are proven by test_support, what is asked of experts in general by tests/test_onnx_experts.py.
 """
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.zoo import registry
-from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx.trace import trace_decoder
 from vlmexport.split.capture import split_model
 from vlmexport.split.parts import Role
@@ -28,11 +27,3 @@ def test_layers_that_differ_in_a_stored_buffer_are_one_kind_with_numbers_of_thei
     biases = [held for name, held in traced.buffers.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     assert not torch.equal(*biases)
-
-
-@pytest.mark.slow
-def test_llama_4_is_refused_with_the_reason(tmp_path: Path) -> None:
-    """Masks of prompts that are shorter than a chunk look causal, so it is not left to them."""
-    vlm, examples = registry.make("llama4", tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="llama4: layers of its decoder see chunks of 16 tokens"):
-        split_model(vlm, examples)

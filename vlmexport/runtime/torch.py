@@ -69,8 +69,10 @@ class TorchRunner:
         self.eos_token_ids = vlm.facts.eos_token_ids
         self._decoder = self._decoder_part()
         self.new_cache: Callable[[], DynamicCache] = DynamicCache
-        self._row_by_row = keeps_states(self._decoder.decoder)
-        if self._row_by_row:
+        # transformers counts padding behind a prompt as tokens of its chunks.
+        counts = bool(self._decoder.chunks or self._decoder.counted)
+        self._row_by_row = counts or keeps_states(self._decoder.decoder)
+        if keeps_states(self._decoder.decoder):
             self.new_cache = lambda: DynamicCache(config=self._decoder.decoder.config)
 
     @property

@@ -14,6 +14,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.positions import AXES
 from vlmexport.split.cache import find_cache
+from vlmexport.split.counted import find_counted
 from vlmexport.split.cross_attention import check_states, crosses, split_cross_attention
 from vlmexport.split.decoder import (
     DecoderCall,
@@ -112,6 +113,8 @@ def split_decoder(
     configure(decoder, merge)
     masks = find_masks(vlm, decoder, examples, calls)
     decoder.hidden_tokens = find_hidden_tokens(calls)
+    decoder.chunks = masks.chunks
+    decoder.counted = find_counted(vlm.facts.model_type, decoder.decoder, merge.position_start, decoder.position_axes)
     decoder.blocks, decoder.logit_cap = masks.blocks, find_logit_cap(decoder, calls[-1])
     if masks.blocks is not None:
         extras = (*merge.extras, "block_ids")

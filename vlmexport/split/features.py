@@ -12,6 +12,7 @@ import torch
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.packed import packed_pictures
+from vlmexport.split.projected import Projected
 from vlmexport.split.state_features import states_function
 from vlmexport.split.tower_features import SeenEncoderError, patches_function, stopped_at_encoder
 
@@ -22,17 +23,22 @@ _FUNCTION = "get_image_features"
 class FeatureCall:
     """How the whole model asks for its image features: the function, and by which names it gets the model's inputs.
 
-    `arguments`: input of the whole model (what a processor makes) to the argument that it is given as.
+    `arguments`: input of the whole model (what a processor makes) to the argument that it is given as. `behind`: what
+    the model does with a result that holds no features yet.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, str]
+    behind: Projected | None = None
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The function's result for those of `inputs` that it takes."""
         given = {argument: inputs[name] for name, argument in self.arguments.items() if name in inputs}
         with packed_pictures(getattr(self.function, "__self__", None)):
-            return self.function(**given)
+            result = self.function(**given)
+            if self.behind is None:
+                return result
+            return self.behind(result, {name: inputs[name] for name in self.arguments if name in inputs})
 
 
 def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.Tensor]) -> FeatureCall:
@@ -52,7 +58,9 @@ def find_feature_call(model: Any, image_token: int, inputs: Mapping[str, torch.T
         with torch.no_grad(), _stopped(owners), stopped_at_encoder(model):
             model(**given, use_cache=False)
     except _SeenError as seen:
-        return FeatureCall(seen.function, _arguments(family, seen, inputs))
+        owner = getattr(seen.function, "__self__", model)
+        behind = Projected(model, owner, _FUNCTION, image_token)
+        return FeatureCall(seen.function, _arguments(family, seen, inputs), behind)
     except SeenEncoderError as seen:
         if (direct := patches_function(model, inputs, seen)) is not None:
             return FeatureCall(*direct)

@@ -18,6 +18,7 @@ from torch import nn
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.model.blocks import MaskKind, block_ids
 from vlmexport.split.attention import attention_implementation
+from vlmexport.split.chunks import find_chunks, seen_in_chunk
 from vlmexport.split.decoder import DecoderCall, replay
 from vlmexport.split.own_attention import require_interface
 
@@ -68,13 +69,14 @@ class SeenMasks:
     """What the layers see: `kind` says how the blocks follow from a prompt's ids; `blocks` is None for causal masks.
 
     `ids` are the blocks of each example, int64 ``[1, tokens]``; `tokens` the ids of the tokens that make the one block
-    of ``image_tokens``.
+    of ``image_tokens``. `chunks`: see `find_chunks`.
     """
 
     kind: MaskKind
     blocks: BlockMasks | None
     ids: tuple[torch.Tensor, ...] = ()
     tokens: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
 
 
 def visible(blocks: torch.Tensor, valid: torch.Tensor, window: int | None, *, cut: bool) -> torch.Tensor:
@@ -117,20 +119,21 @@ def find_masks(
     Raises `UnsupportedModelError` naming the family and the first layer or mask that is neither causal nor follows from
     the prompt's blocks.
     """
-    family, decoder = vlm.facts.model_type, part.decoder
-    config: Any = decoder.config
-    if chunk := getattr(config.get_text_config(), "attention_chunk_size", None):
-        # Prompts of examples may be shorter than a chunk, so their masks do not show it.
-        raise UnsupportedModelError(
-            f"{family}: layers of its decoder see chunks of {chunk} tokens, which no form of attention has yet"
-        )
+    family = vlm.facts.model_type
     given = [_given(call) for call in calls]
     named = _filled(given[0], calls[0], ())
     looked = _look(part, dataclasses.replace(calls[0], kwargs=calls[0].kwargs | _argument(named)))
     require_interface(vlm, part, looked)
+    # Prompts of examples may be shorter than a chunk, so their masks do not show it.
+    chunks = find_chunks(family, part, lambda *given: {layer: seen.mask for layer, seen in _look(*given).items()})
     if not named:
-        _require_causal(family, part, looked)
-        return SeenMasks("causal", None)
+        _require_causal(family, part, looked, chunks)
+        return SeenMasks("causal", None, chunks=chunks)
+    if chunks:
+        raise UnsupportedModelError(
+            f"{family}: layers of its decoder see chunks of {max(chunks)} tokens by masks that the model makes before "
+            "the decoder, which is not supported yet"
+        )
     layers = _layers_by_mask(family, looked, named)
     opens = tuple(name for name, seen in layers.items() if seen.opens)
     windows = tuple((name, seen.window) for name, seen in layers.items())
@@ -190,12 +193,13 @@ def _look(part: DecoderPart, call: DecoderCall) -> dict[int, _Seen]:
     return found
 
 
-def _require_causal(family: str, part: DecoderPart, looked: dict[int, _Seen]) -> None:
+def _require_causal(family: str, part: DecoderPart, looked: dict[int, _Seen], chunks: tuple[int, ...]) -> None:
     """Refuse layers that make masks of their own which are not causal, or leave them out and are not causal then."""
     decoder: Any = part.decoder
     leaves_out = decoder.config._attn_implementation != "eager"
     for layer, seen in looked.items():
-        if seen.mask is not None and not _is_causal(seen.mask, seen.window):
+        chunk = chunks[layer] if layer < len(chunks) else 0
+        if seen.mask is not None and not _is_causal(seen.mask, seen.window, chunk):
             raise _refusal(family, f"layer {layer}")
         if seen.opens and leaves_out:
             raise _refusal(family, f"layer {layer}")
@@ -288,10 +292,11 @@ def _call_only(vlm: VLM, part: DecoderPart, example: dict[str, torch.Tensor]) ->
     return DecoderCall(seen[0], torch.empty(0))
 
 
-def _is_causal(mask: torch.Tensor, window: int | None) -> bool:
-    """True when the mask ``[B, 1, S, T]`` is exactly the causal one, cut to `window` when given."""
+def _is_causal(mask: torch.Tensor, window: int | None, chunk: int = 0) -> bool:
+    """True when the mask ``[B, 1, S, T]`` is exactly the causal one, cut to `window` or into chunks where given."""
     length, total = mask.shape[-2:]
     expected = visible(torch.zeros(1, length, dtype=torch.int64), torch.ones(1, total), window, cut=True)
+    expected = expected & seen_in_chunk(torch.ones(1, total), length, chunk)
     return bool((_shown(mask) == expected).all())
 
 

@@ -262,6 +262,7 @@ class DecoderAssembler:
             scale=node.attributes["scale"].as_float(),
             softcap=node.attributes["softcap"].as_float(),
             window=node.attributes["window"].as_int(),
+            chunk=self.traced.chunks[layer] if self.traced.chunks else 0,
             past_key=past[0],
             past_value=past[1],
             rotates=rotates,

@@ -17,6 +17,7 @@ class AttentionCall:
     """One attention of the graph under construction: inputs ``[B, heads, S, head_dim]`` and its settings.
 
     `rotates`: rotary positions were taken out of the trace of this layer and are still to be applied.
+    `chunk`: tokens see those of their own chunk of so many tokens alone (0: all).
     `packed` is set when q, k and v come straight from linears on one input: their stacked product ``[B, S, (N+2K)*D]``.
     `key_weight` and `value_weight` name the linear that k and v come straight from (None: something is in between),
     `value_makers` all linears that v depends on through no other linear.
@@ -39,6 +40,7 @@ class AttentionCall:
     key_weight: str | None = None
     value_weight: str | None = None
     value_makers: tuple[str, ...] = ()
+    chunk: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from torch import nn
 
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import neutral
+from vlmexport.lower.onnx.complex_numbers import real_pairs
+from vlmexport.lower.onnx.counted import counted_in_trace
 from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
 from vlmexport.lower.onnx.exporter import quiet_exporter
@@ -50,6 +52,7 @@ class TracedDecoder:
     whole-model path of layer i. `buffers` are numbers of layers that a checkpoint holds and that are no parameters, by
     whole-model name. `rotary` is set when the rotation was taken out of the trace: for an attention operator
     that applies tables of it, or as an operator of its own. `cross`: what layers attend to beside the tokens.
+    `chunks`: those of the decoder part.
     """
 
     graph: ir.Graph
@@ -58,6 +61,7 @@ class TracedDecoder:
     rotary: Rotary | RotaryOperator | RotaryInTrace | None
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     cross: CrossAttention | None = None
+    chunks: tuple[int, ...] = ()
 
 
 def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, repeat: bool = True) -> TracedDecoder:
@@ -78,6 +82,8 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
         stack.enter_context(_neutral_attention(decoder, sources, part.cross))
+        stack.enter_context(counted_in_trace(part))
+        stack.enter_context(real_pairs())
         rows = stack.enter_context(layer_rows_kept(decoder))
         if rotary is not None:
             stack.enter_context(rotary.emitted())
@@ -89,7 +95,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         graph = _export(named, trunk, inputs)
     every = zip(paths, layers, strict=True)
     buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
-    return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross)
+    return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross, chunks=part.chunks)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from onnx_ir.tape import Tape
 
 from vlmexport.lower.onnx.dialect import AttentionCall, AttentionResult
 from vlmexport.lower.onnx.dialects.blocks import behind_past, same_block, visible
+from vlmexport.lower.onnx.dialects.chunks import same_chunk
 from vlmexport.lower.onnx.dialects.growing import GrowingCache
 from vlmexport.lower.onnx.shared_kv import SharedCall, over_cache
 from vlmexport.split.masks import BlockMasks
@@ -31,7 +32,7 @@ class StandardDialect(GrowingCache):
     packs_qkv: bool = False
     cache_type: ir.DataType | None = None
     shared: dict[str, ir.Value] = field(default_factory=dict)
-    windows: dict[int, ir.Value] = field(default_factory=dict)
+    windows: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
 
     def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
         """Slots of queries and keys, and the key validity."""
@@ -98,7 +99,14 @@ class StandardDialect(GrowingCache):
         """Attention (opset 23) on 4-D tensors with past and present."""
         outputs = tape.op_multi_out(
             "Attention",
-            [call.query, call.key, call.value, self._mask(tape, call.window), call.past_key, call.past_value],
+            [
+                call.query,
+                call.key,
+                call.value,
+                self._mask(tape, call.window, call.chunk),
+                call.past_key,
+                call.past_value,
+            ],
             {"scale": call.scale, "softcap": call.softcap},
             num_outputs=3,
         )
@@ -111,11 +119,14 @@ class StandardDialect(GrowingCache):
         """Attention (opset 23) over the other layer's whole cache."""
         return over_cache(tape, call, self._mask(tape, call.window))
 
-    def _mask(self, tape: Tape, window: int) -> ir.Value:
-        """Boolean ``[B, 1, S, T]`` for a window (-1: none), made once."""
-        if window not in self.windows:
-            self.windows[window] = tape.op("And", [self._seen(tape, window), self.shared["valid"]])
-        return self.windows[window]
+    def _mask(self, tape: Tape, window: int, chunk: int = 0) -> ir.Value:
+        """Boolean ``[B, 1, S, T]`` for a window (-1: none) or a chunk (0: none), made once."""
+        if (window, chunk) not in self.windows:
+            seen = self._seen(tape, window)
+            if chunk:
+                seen = tape.op("And", [seen, same_chunk(tape, self._ranks(tape), chunk)])
+            self.windows[window, chunk] = tape.op("And", [seen, self.shared["valid"]])
+        return self.windows[window, chunk]
 
     def _seen(self, tape: Tape, window: int) -> ir.Value:
         """`_mask`, padding included."""
