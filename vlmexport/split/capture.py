@@ -20,6 +20,7 @@ from vlmexport.split.decoder import (
     DecoderCall,
     DecoderPart,
     capture_decoder_call,
+    find_capped_scale,
     find_logit_cap,
     replay,
     text_decoder,
@@ -123,6 +124,9 @@ def split_decoder(
     replayed = replay(decoder, calls[-1])
     if (scale := find_logit_scale(decoder.decoder.config, replayed, calls[-1].logits)) is not None:
         decoder.logit_scale = scale
+        replayed = replay(decoder, calls[-1])
+    elif capped := find_capped_scale(decoder, calls[-1]):
+        decoder.logit_scale, decoder.logit_cap = capped
         replayed = replay(decoder, calls[-1])
     difference = _refuse_difference(vlm, "decoder and LM head", replayed, calls[-1].logits)
     part = _decoder_part(vlm, decoder, calls, masks, merge)

@@ -29,6 +29,8 @@ _CONTROL = {
     "return_dict",
     "logits_to_keep",
 }
+# Of capped logits, those nearer to the cap say too little of what they were.
+_TOLD = 0.99
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
 
@@ -99,10 +101,10 @@ class DecoderPart(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of last hidden states ``[..., H]``."""
         logits: torch.Tensor = self.head(hidden)
-        if self.logit_scale is not None:
-            logits = self.logit_scale.apply(logits)
         if self.logit_cap:
             logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        if self.logit_scale is not None:
+            logits = self.logit_scale.apply(logits)
         return logits if self.hidden_tokens is None else self.hidden_tokens.hide(logits)
 
 
@@ -169,11 +171,37 @@ def find_logit_cap(part: DecoderPart, call: DecoderCall) -> float:
 
     Not every model class applies what its configuration names, so `call`'s logits decide.
     """
-    config: Any = part.decoder.config
-    cap = float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+    cap = _named_cap(part)
     if not cap:
         return 0.0
     raw = replay(part, call)
     capped = cap * torch.tanh(raw / cap)
     near, far = ((logits - call.logits).abs().max() for logits in (capped, raw))
     return cap if near < far else 0.0
+
+
+def find_capped_scale(part: DecoderPart, call: DecoderCall) -> tuple[LogitScale, float] | None:
+    """The scale and cap of a model that caps scaled logits; None for others.
+
+    ``cap * tanh(factor * logits / cap)`` is what a cap of ``cap / factor`` gives, times `factor`.
+    """
+    from vlmexport.split.logits import find_logit_scale
+
+    cap, before = _named_cap(part), part.logit_cap
+    if not cap:
+        return None
+    part.logit_cap = 0.0
+    raw = replay(part, call)
+    part.logit_cap = before
+    if raw.shape != call.logits.shape:
+        return None
+    told = call.logits.abs() < _TOLD * cap
+    uncapped = cap * torch.atanh(call.logits[told] / cap)
+    scale = find_logit_scale(part.decoder.config, raw[told], uncapped)
+    return None if scale is None else (scale, cap * scale.factor if scale.divides else cap / scale.factor)
+
+
+def _named_cap(part: DecoderPart) -> float:
+    """The cap on logits that the configuration names; 0 for none."""
+    config: Any = part.decoder.config
+    return float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)

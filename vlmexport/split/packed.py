@@ -34,11 +34,10 @@ def packed_pictures(model: Any) -> Iterator[None]:
     """
     encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
     places = [] if encoder is None or encoder in (model, model.base_model) else list(_uses(encoder))
-    # A tower with pictures of its own axis has no patches of several in a row, and needs no lengths of them.
-    if encoder is None or not any("seqlens" in name for _, name in places):
+    if encoder is None or not places:
         yield
         return
-    packed = _Packed()
+    packed = _Packed(whole=any("seqlens" in name for _, name in places))
     with ExitStack() as stack:
         handle = encoder.register_forward_pre_hook(packed.see, with_kwargs=True)
         stack.callback(handle.remove)
@@ -110,9 +109,13 @@ class Segments:
 
 
 class _Packed:
-    """The helpers, for the patches of the encoder's running call; their names and arguments are transformers'."""
+    """The helpers, for the patches of the encoder's running call; their names and arguments are transformers'.
 
-    def __init__(self) -> None:
+    `whole`: attention is over all patches by turns, so that the encoder must put those of windows back in their order.
+    """
+
+    def __init__(self, whole: bool = True) -> None:
+        self.whole = whole
         self.patches: Any = 0
         self.current: Segments | None = None
 
@@ -125,7 +128,14 @@ class _Packed:
     def get_vision_position_ids(
         self, grid_thw: torch.Tensor, spatial_merge_size: Any, include_temporal: bool = False, kwargs: Any = None
     ) -> torch.Tensor:
-        """Row and column of each patch (behind its frame where asked for), int64 ``[patches, 2 or 3]``."""
+        """Row and column of each patch (behind its frame where asked for), int64 ``[patches, 2 or 3]``.
+
+        A tower with another axis for pictures asks for those of one alone, which are the model's own.
+        """
+        traced = isinstance(grid_thw, FakeTensor) or torch.compiler.is_exporting()
+        if not traced and int(grid_thw.prod(dim=1).sum()) != self.patches:
+            own: torch.Tensor = sys.modules[_HELPERS].get_vision_position_ids(grid_thw, spatial_merge_size)
+            return own
         _, frame, row, column, _ = self._places(grid_thw, spatial_merge_size)
         return torch.stack((frame, row, column) if include_temporal else (row, column), dim=-1)
 
@@ -148,9 +158,10 @@ class _Packed:
     ) -> tuple[torch.Tensor, Segments]:
         """The order of the merged patches, which is theirs, and a segment for each window.
 
-        The order of patches that are not merged before counts behind windows, and is the model's own.
+        The order of patches that are not merged before counts behind windows, and is the model's own, unless all
+        patches attend to each other in other layers.
         """
-        if spatial_merge_size == 1:
+        if spatial_merge_size == 1 and not self.whole:
             own: tuple[torch.Tensor, Segments] = sys.modules[_HELPERS].get_vision_window_index(
                 grid_thw, spatial_merge_size, window_size, patch_size
             )

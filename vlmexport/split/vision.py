@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from vlmexport.split.deepstack import deepstack_seen
 from vlmexport.split.each import for_one_picture, joined, joining, single_pictures, takes_rows, takes_sizes
 from vlmexport.split.features import FeatureCall, find_feature_call
 from vlmexport.split.interception import Absorber, ProjectorCall, intercepted
+from vlmexport.split.kept_rows import KeptRows, find_kept_rows
 from vlmexport.split.names import module_path, weight_names
 from vlmexport.split.parts import Part, Role, Signature
 from vlmexport.split.tiles import Tiling, find_tiling
@@ -64,11 +66,14 @@ class VisionEncoder(VisionPart):
         super().__init__(model, outputs, used)
         # In tuples, so that they are not registered a second time.
         self._cut = (model, ask, projector)
+        self.kept: KeptRows | None = None
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The projector's input tensors: one tensor, or a tuple in the order of `outputs`."""
         model, ask, projector = self._cut
         tensors = _projector_inputs(model, ask, projector, inputs)
+        if self.kept is not None:
+            tensors = tuple(self.kept.rows(tensor, inputs) for tensor in tensors)
         return tensors[0] if len(tensors) == 1 else tensors
 
 
@@ -142,6 +147,9 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
         ask = tiling.unpacked(ask)
     projector = find_projector(vlm, ask, pixels[0])
     calls = [_record_call(vlm, ask, projector, example) for example in pixels]
+    kept = _kept_rows(projector, pixels, calls)
+    if kept is not None:
+        calls = [_kept_call(kept, call, example) for call, example in zip(calls, pixels, strict=True)]
     names = tuple("vision_features" if i == 0 else f"vision_features_{i}" for i in range(len(calls[0].tensors)))
     _check_same_form(vlm, calls)
     hidden = tuple(dict(zip(names, call.tensors, strict=True)) for call in calls)
@@ -154,6 +162,7 @@ def split_vision(vlm: VLM, examples: tuple[Example, ...]) -> tuple[Part, Part]:
         _check_packing(vlm, wrapper, tiling.anyres, packed, (pixels, hidden))
         ask, pixels = tiling.of_tiles(packed), tuple(tiling.tiles(example) for example in pixels)
     encoder = VisionEncoder(vlm.model, ask, projector, names, encoder_names)
+    encoder.kept = kept
     # `calls` ran the same encoder on every example; one run of the wrapper (the costly side) checks how it is wired.
     _check_encoder(vlm, encoder, pixels[0], calls[0])
     return _parts(vlm, encoder, wrapper, pixels, hidden)
@@ -219,25 +228,25 @@ def part_parameter_names(part: Part) -> tuple[str, ...]:
 def unused_parameter_names(vlm: VLM, vision: Part, projector: Part) -> tuple[str, ...]:
     """Parameters that reach no feature of a picture, so that no graph holds them.
 
-    Those of the image encoder and the projector, and of children of the model that no part has a share in: towers for
-    videos or sounds.
+    Those of the image encoder and the projector, and of children of the model that have nothing of its text: towers
+    for videos or sounds, and what makes pictures.
     """
     used = {*part_parameter_names(vision), *part_parameter_names(projector)}
     encoder = _image_encoder(vlm.model)
     inside = {} if encoder is None else weight_names(vlm.model, encoder)
     if isinstance(projector.module, Projector):
         inside |= weight_names(vlm.model, projector.module.wrapped)
-    inside |= _other_towers(vlm.model, used)
+    inside |= _other_towers(vlm.model)
     return tuple(name for name in inside if name not in used)
 
 
-def _other_towers(model: PreTrainedModel, used: set[str]) -> dict[str, torch.Tensor]:
-    """Parameters by name of those children of `model` and its base model in which nothing serves pictures or text."""
-    known = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in used}
+def _other_towers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters by name of those children of `model` and its base model in which nothing serves text."""
+    of_text: set[int] = set()
     for module in (text_decoder(model), model.get_input_embeddings(), model.get_output_embeddings()):
-        known |= {id(p) for p in module.parameters()}
+        of_text |= {id(p) for p in module.parameters()}
     children = [child for owner in (model.base_model, model) for child in owner.children()]
-    strangers = [child for child in children if not any(id(p) in known for p in child.parameters())]
+    strangers = [child for child in children if not any(id(p) in of_text for p in child.parameters())]
     return {name: tensor for child in strangers for name, tensor in weight_names(model, child).items()}
 
 
@@ -323,6 +332,22 @@ def _record_call(vlm: VLM, ask: FeatureCall, projector: nn.Module, inputs: Examp
         )
     form, tensors = ProjectorCall.of(*seen[0][:2])
     return _Call(form, (*tensors, *deepstack), torch.cat([features, *deepstack], dim=1) if deepstack else features)
+
+
+def _kept_rows(projector: nn.Module, pixels: tuple[Example, ...], calls: list[_Call]) -> KeptRows | None:
+    """What `find_kept_rows` finds for a projector of one tensor with rows for all patches; None for others."""
+    if any(len(call.tensors) != 1 or call.tensors[0].ndim != len("NPW") for call in calls):
+        return None
+    made = []
+    for call in calls:
+        args, kwargs = call.form.rebuild(call.tensors)
+        with torch.no_grad():
+            made.append(projector(*args, **kwargs))
+    return find_kept_rows(pixels, made, [call.features for call in calls])
+
+
+def _kept_call(kept: KeptRows, call: _Call, example: Example) -> _Call:
+    return dataclasses.replace(call, tensors=tuple(kept.rows(tensor, example) for tensor in call.tensors))
 
 
 def _projector_inputs(

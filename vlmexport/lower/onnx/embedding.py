@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlmexport.split.parts import Part
 from vlmexport.split.per_layer import TokenTables
 
 _PROBE_LIMIT = 1e-6
+_IDS_AT_ONCE = 8192
 _TOKENS = ("batch_size", "sequence_length")
 
 
@@ -33,8 +35,9 @@ class EmbeddingGraph:
 def lower_embedding(part: Part, opset: int, float_type: ir.DataType) -> EmbeddingGraph:
     """``input_ids`` int64 ``[B, S]`` to ``inputs_embeds`` ``[B, S, H]`` of `float_type`; tables are stored FP16.
 
-    For `TokenTables` also to ``per_layer_inputs`` ``[B, S, layers, width]``. Raises `UnsupportedModelError` when a
-    module does more than look up a row and scale it.
+    For `TokenTables` also to ``per_layer_inputs`` ``[B, S, layers, width]``. The table of a module that does more than
+    look up a row and scale it has what it gives for each token. Raises `UnsupportedModelError` when that depends on the
+    other tokens.
     """
     ids = ir.Value(
         name="input_ids",
@@ -72,6 +75,8 @@ def _lookup(
     table = _table(module)
     scale = _lookup_scale(module, table)
     weight = initializer(name, ir.DataType.FLOAT16, table.shape)
+    made = _looked_up_before(module, table) if scale is None else lambda: table
+    scale = 1.0 if scale is None else scale
     rows = tape.op("Gather", [weight, ids], {"axis": 0})
     if scale != 1.0:
         wide = tape.op("Cast", [rows], {"to": int(ir.DataType.FLOAT)})
@@ -80,7 +85,7 @@ def _lookup(
     if scale != 1.0 or float_type != ir.DataType.FLOAT16:
         rows = tape.op("Cast", [rows], {"to": int(float_type)})
     rows.type = ir.TensorType(float_type)
-    return rows, WeightGroup((weight,), lambda: (checked_cast(name, table, ir.DataType.FLOAT16),))
+    return rows, WeightGroup((weight,), lambda: (checked_cast(name, made(), ir.DataType.FLOAT16),))
 
 
 def _looked_up(tape: Tape, ids: ir.Value, module: TokenTables) -> ir.Value:
@@ -101,8 +106,30 @@ def _table(module: nn.Module) -> torch.Tensor:
     return parameters["weight"].detach()
 
 
-def _lookup_scale(module: nn.Module, table: torch.Tensor) -> float:
-    """The factor between the module's output and its table's rows (1.0 for most families)."""
+def _looked_up_before(module: nn.Module, table: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What makes the rows that `module` gives for every token, each by itself, in the type of `table`.
+
+    Raises `UnsupportedModelError` for a module whose rows depend on the tokens beside them.
+    """
+    ids = torch.arange(min(64, table.shape[0]))
+    with torch.no_grad():
+        one, other = module(ids[None])[0].float(), module(ids.flip(0)[:, None])[:, 0].float().flip(0)
+    if not (one - other).abs().max() <= _PROBE_LIMIT * one.abs().max():
+        raise UnsupportedModelError("what the token embedding gives for a token depends on the tokens beside it")
+
+    def rows() -> torch.Tensor:
+        made = torch.empty_like(table)
+        with torch.no_grad():
+            for start in range(0, len(table), _IDS_AT_ONCE):
+                part = torch.arange(start, min(start + _IDS_AT_ONCE, len(table)))
+                made[part] = module(part[None])[0].to(made.dtype)
+        return made
+
+    return rows
+
+
+def _lookup_scale(module: nn.Module, table: torch.Tensor) -> float | None:
+    """The factor between the module's output and its table's rows (1.0 for most families); None where it does more."""
     ids = torch.arange(min(64, table.shape[0])).unsqueeze(0)
     with torch.no_grad():
         got, rows = module(ids)[0].float(), table[ids[0]].float()
@@ -112,5 +139,5 @@ def _lookup_scale(module: nn.Module, table: torch.Tensor) -> float:
         scale = 1.0
     tolerance = float(torch.finfo(table.dtype).eps) * float(got.abs().max()) if scale != 1.0 else 0.0
     if not (got - scale * rows).abs().max() <= tolerance:
-        raise UnsupportedModelError("the token embedding does more than look up a row and scale it")
+        return None
     return scale
