@@ -37,6 +37,7 @@ from vlmexport.split.features import feature_rows, find_feature_call
 from vlmexport.split.per_layer import TokenTables
 from vlmexport.split.places import fixed_rows
 from vlmexport.split.states import keeps_states
+from vlmexport.split.windows import shortest_window
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -74,6 +75,7 @@ class TorchRunner:
         self._row_by_row = counts or keeps_states(self._decoder.decoder)
         if keeps_states(self._decoder.decoder):
             self.new_cache = lambda: DynamicCache(config=self._decoder.decoder.config)
+        self._window = shortest_window(self._decoder.decoder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,10 +127,13 @@ class TorchRunner:
         reserve: int = DEFAULT_RESERVE,
         extras: Extras | None = None,
     ) -> tuple[Array, Cache]:
-        """Start a batch; any padding is right here. See `Runner.prefill`; `reserve` has no meaning for this cache."""
-        del reserve
+        """Start a batch; any padding is right here. See `Runner.prefill`; its cache needs no room.
+
+        transformers counts a window in slots: where one would end within padding, rows are run one by one.
+        """
         check_states(extras or {})
-        if len(attention_mask) > 1 and self._row_by_row:
+        ends = self._window is not None and attention_mask.shape[1] + reserve > self._window
+        if len(attention_mask) > 1 and (self._row_by_row or (ends and not attention_mask.all())):
             return prefill_rows(self, inputs_embeds, attention_mask, keep, extras)
         mask = torch.from_numpy(attention_mask)
         cache = TorchCache(np.zeros(len(mask), np.int64), self.new_cache(), mask[:, :0])
