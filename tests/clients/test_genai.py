@@ -15,6 +15,7 @@ from tests.families.tiny_qwen import SPECIAL, make_tiny_qwen
 from tests.families.tiny_text import picture
 from vlmexport.api import export_onnx
 from vlmexport.errors import ArtifactError
+from vlmexport.families.genai import GENAI_FAMILIES
 from vlmexport.manifest import Artifact
 from vlmexport.plan import OnnxOptions
 from vlmexport.quantize.scheme import make_scheme
@@ -88,6 +89,10 @@ def text_of(folder: Artifact, question: str, pictures: int) -> str:
     content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     return str(composed(folder.path).apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def test_every_claimed_family_is_run() -> None:
+    assert set(GENAI_FAMILIES) == {"qwen2_vl", "qwen2_5_vl"}
 
 
 def test_the_same_tokens_from_the_same_tensors(folder: Artifact) -> None:
@@ -191,3 +196,21 @@ def test_files(folder: Artifact) -> None:
     assert folder.manifest.model["made_inputs"] == ["num_logits_to_keep"]
     assert "num_logits_to_keep" not in {spec.name for spec in folder.manifest.parts["decoder"].inputs}
     assert {"input_ids", "image_features"} == {spec.name for spec in folder.manifest.parts["embed_tokens"].inputs}
+
+
+def test_the_cards_lines_answer(folder: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user pastes them, in the export's folder; with a shorter limit, since the model never ends."""
+    card = (folder.path / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n", 1)[1].split("```", 1)[0]
+    drawn = picture(112, 84)
+    drawn.save(tmp_path / "picture.png")
+    question = "What is in this picture?"
+    inputs = PromptBuilder(folder.path).build([drawn], question)
+    length = inputs.input_ids.shape[1]
+    code = code.replace("max_length=2048", f"max_length={length + TOKENS}").replace('"."', f'"{folder.path}"')
+    printed: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"print": lambda text, **_: printed.append(text)})
+    tokens = greedy(OnnxRunner(folder, threads=1), inputs)[1]
+    assert "".join(printed) == PromptBuilder(folder.path).tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(printed)

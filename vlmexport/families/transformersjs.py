@@ -52,6 +52,7 @@ UNWRITTEN = {
     "gemma3n": "transformers.js also wants an audio encoder and inputs per layer from the embedding",
     "gemma4": "transformers.js also wants an audio encoder and inputs per layer from the embedding",
     "florence2": "transformers.js wants an encoder model of the text beside the decoder",
+    "lighton_ocr": "transformers.js has no processor for it",
     "llava_onevision": "transformers.js has no processor for it, so nothing there lays out its tiles",
     "phi3_v": "transformers.js merges text and image in a graph of its own",
     "qwen3_vl": "transformers.js reads image_features alone, not what early decoder layers get of the image",

@@ -300,6 +300,7 @@ def test_codes_of_another_width_are_refused() -> None:
         ("lfm2_vl", {"pictures": EachPicture(axis=0, patches=True, fixed=(("frames", 1),))}, True, "lays out no tiles"),
         ("mistral3", {}, False, "keep different things"),
         ("llava_onevision", {}, True, "lays out its tiles"),
+        ("lighton_ocr", {"pictures": EachPicture(axis=0)}, True, "has no processor for it"),
     ],
 )
 def test_models_that_the_client_does_not_run_are_refused(
