@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoint
+from vlmexport.cross_plan import fitting_options, fitting_words
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gguf_options import GgufOptions, GgufPlan
 from vlmexport.gguf_plan import plan_gguf
@@ -154,7 +155,7 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         tokens_per_image_note=note,
         kv=cache_report(_kept_cache(vlm, split)),
         targets=targets,
-        recipe=suggest_recipe(_model_words(vlm) + method_words(vlm), parameters, _first_command(split, targets))
+        recipe=suggest_recipe(_words(vlm, split), parameters, _first_command(split, targets))
         if vlm.quantized is None
         else _kept_recipe(vlm, vlm.quantized, split, targets),
         quantized=None if vlm.quantized is None else vlm.quantized.summary,
@@ -163,6 +164,11 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         lora_notes=() if vlm.lora is None else vlm.lora.notes,
         split_notes=() if split is None else split.notes,
     )
+
+
+def _words(vlm: VLM, split: Split | None) -> str:
+    """The model in a suggested command, with the options that it needs."""
+    return _model_words(vlm) + method_words(vlm) + fitting_words(split)
 
 
 def _model_words(vlm: VLM) -> str:
@@ -245,7 +251,7 @@ def _target_report(
     if split is None:
         return TargetReport(name, False, refusal)
     try:
-        options = usual_options(vlm, name)
+        options = fitting_options(split, usual_options(vlm, name))
         if target.runtime == "tensorrt":
             check_split(vlm, split)
             options = settle_options(vlm, split, TrtOptions(trt_onnx_options(trt_scheme("int4")), gpu="")).onnx

@@ -6,12 +6,13 @@ Encoder-decoders (Florence-2 with BART, BLIP-2 with T5) and decoders with layers
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
 from tests.zoo.entry import Entry, Example
-from tests.zoo.models import HIDDEN, IMAGE, VOCAB, _noise, count_rows
+from tests.zoo.models import HIDDEN, IMAGE, VOCAB, _noise, _qformer, _vision, count_rows
 from vlmexport.model.load import VLM
 
 _SPECIAL = ("<|endoftext|>", "<|im_end|>", IMAGE)
@@ -93,7 +94,39 @@ def _mllama_examples(vlm: VLM) -> tuple[Example, ...]:
     return tuple(examples)
 
 
+def make_blip2_t5(folder: Path, **settings: Any) -> Path:
+    """BLIP-2 with T5 below `folder`; `settings` are further ones of the text model.
+
+    Its buckets of distances end within the prompts. The table of embeddings is of float16, as an export stores it.
+    """
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    tokenizer = byte_level_tokenizer(_SPECIAL, VOCAB)
+    text = {
+        "model_type": "t5", "d_model": HIDDEN, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_decoder_layers": 3,
+        "num_heads": 4, "vocab_size": VOCAB, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+        "bos_token_id": 0, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, **settings,
+    }  # fmt: skip
+    config = Blip2Config(
+        text_config=text, vision_config=_vision("blip_2_vision_model"), qformer_config=_qformer(), num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+    )  # fmt: skip
+    model: Any = Blip2ForConditionalGeneration(config)
+    save_tiny(model, tokenizer, dict(STATISTICS), folder, "", 0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.half().float())
+    model.save_pretrained(folder)
+    return folder
+
+
+def blip2_t5_examples(vlm: VLM) -> tuple[Example, ...]:
+    """Two pictures, one and three."""
+    return _prompts(vlm, tuple({"pixel_values": _noise(n, 3, 32, 32, seed=n)} for n in (2, 1, 3)))
+
+
 ENTRIES: dict[str, Entry] = {
+    "blip2_t5": Entry(make_blip2_t5, blip2_t5_examples),
     "florence2": Entry(_make_florence2, _florence2_examples),
     "mllama": Entry(_make_mllama, _mllama_examples),
 }

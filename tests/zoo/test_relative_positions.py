@@ -1,57 +1,109 @@
-"""A language model with learned relative positions (BLIP-2 with T5): it splits, and is refused where it is lowered."""
+"""A language model with learned relative positions (BLIP-2 with T5): exact in the standard form of attention."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from tests.families.tiny_text import STATISTICS, byte_level_tokenizer, save_tiny
-from tests.zoo.cross import _SPECIAL, _prompts
-from tests.zoo.models import HIDDEN, IMAGE, VOCAB, _noise, _qformer, _vision
+from tests.verify.mutate import Stored
+from tests.zoo.cross import blip2_t5_examples, make_blip2_t5
+from tests.zoo.measure import ONNX_LIMIT, largest
+from tests.zoo.models import HIDDEN
 from tests.zoo.proof import FLOATS, Zooed, export
 from vlmexport.errors import UnsupportedModelError
 from vlmexport.lower.onnx import encoder, standard_attention
-from vlmexport.lower.onnx.trace import trace_decoder
+from vlmexport.manifest import open_artifact
 from vlmexport.model.load import load_vlm
 from vlmexport.split.attention import refuse_changed_scores
 from vlmexport.split.capture import split_model
 from vlmexport.split.decoder import DecoderPart
+from vlmexport.split.difference import REPLAY_LIMIT
 from vlmexport.split.parts import Role
+from vlmexport.split.relative import find_relative
 
-_REFUSED = r"^T5Attention: its attention has learned relative positions added to its scores \(position_bias\)"
+STANDARD = dataclasses.replace(FLOATS, attention="standard")
+_EMBEDDING = "language_model.decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-def _make_blip2_t5(folder: Path) -> Path:
-    tokenizer = byte_level_tokenizer(_SPECIAL, VOCAB)
-    text = {
-        "model_type": "t5", "d_model": HIDDEN, "d_kv": 24, "d_ff": 192, "num_layers": 2, "num_decoder_layers": 2,
-        "num_heads": 4, "vocab_size": VOCAB, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-        "bos_token_id": 0, "tie_word_embeddings": False,
-    }  # fmt: skip
-    config = transformers.Blip2Config(
-        text_config=text, vision_config=_vision("blip_2_vision_model"), qformer_config=_qformer(), num_query_tokens=4,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-    )  # fmt: skip
-    return save_tiny(transformers.Blip2ForConditionalGeneration(config), tokenizer, dict(STATISTICS), folder, "", 0)
+def _parts(folder: Path, **settings: Any) -> Zooed:
+    vlm = load_vlm(str(make_blip2_t5(folder, **settings)))
+    examples = blip2_t5_examples(vlm)
+    return Zooed(vlm, split_model(vlm, examples), examples)
 
 
 @pytest.mark.slow
-def test_t5_is_refused_where_its_relative_positions_would_be_left_out(tmp_path: Path) -> None:
-    vlm = load_vlm(str(_make_blip2_t5(tmp_path / "model")))
-    examples = _prompts(vlm, tuple({"pixel_values": _noise(n, 3, 32, 32, seed=n)} for n in (2, 1, 3)))
-    split = split_model(vlm, examples)
-    decoder = split.parts[Role.DECODER].module
-    assert isinstance(decoder, DecoderPart)
-    with pytest.raises(UnsupportedModelError, match=_REFUSED) as decoding:
-        trace_decoder(vlm.model, decoder, fuse_rotary=False)
-    with pytest.raises(UnsupportedModelError, match=_REFUSED) as exporting:
-        export(Zooed(vlm, split, examples), FLOATS, tmp_path / "out")
-    assert all("\n" not in str(found.value) for found in (decoding, exporting))
+def test_t5_is_exact_in_the_standard_form_and_not_with_other_buckets(tmp_path: Path) -> None:
+    """Tied and scaled logits, a plain FFN and the table of T5 itself; the row of the zoo is gated and untied."""
+    settings = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "num_decoder_layers": 2}
+    scaled = {"tie_word_embeddings": True, "scale_decoder_outputs": True, "feed_forward_proj": "relu"}
+    zooed = _parts(tmp_path / "model", **settings, **scaled)
+    decoder = zooed.split.parts[Role.DECODER].module
+    assert isinstance(decoder, DecoderPart) and decoder.relative is not None and decoder.logit_scale is not None
+    assert decoder.logit_scale.factor == pytest.approx(HIDDEN**-0.5, rel=1e-5)
+    assert (decoder.relative.far, decoder.relative.buckets.unique().tolist()) == (113, list(range(32)))
+    assert zooed.split.replay_difference <= REPLAY_LIMIT
+    with pytest.raises(UnsupportedModelError, match=r"^blip-2: its attention adds .* choose --attention standard$"):
+        export(zooed, FLOATS, tmp_path / "gqa")
+    artifact = export(zooed, STANDARD, tmp_path / "out")
+    assert largest(zooed, artifact) <= ONNX_LIMIT
+    kept = {tensor.name for tensor in artifact.manifest.unquantized if tensor.part == "decoder"}
+    assert _EMBEDDING in kept
+    with Stored(artifact.path / "decoder.onnx", "relative.buckets") as held:
+        held[...] = np.roll(held, 1)
+    assert largest(zooed, open_artifact(artifact.path, check_hashes=False)) > ONNX_LIMIT
+
+
+class _Stack(nn.Module):
+    """Attention of one layer with something added to its scores, called as transformers' stacks are."""
+
+    def __init__(self, added: Callable[[torch.Tensor, nn.Embedding], torch.Tensor]) -> None:
+        super().__init__()
+        self.table, self.added = nn.Embedding(9, 2), added
+        self.config = transformers.T5Config(d_model=4, num_heads=2)
+        self.dtype = torch.float32
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.config._attn_implementation = name
+
+    def forward(self, inputs_embeds: torch.Tensor, use_cache: bool) -> None:
+        tokens = torch.arange(inputs_embeds.shape[1])
+        summand = self.added(tokens[None] - tokens[:, None], self.table)
+        query = torch.zeros(1, 2, len(tokens), 2)
+        attend = transformers.AttentionInterface()[self.config._attn_implementation]
+        attend(self, query, query, query, None, position_bias=summand)
+
+
+def _near(distances: torch.Tensor, table: nn.Embedding) -> torch.Tensor:
+    return table(distances.clamp(-4, 4) + 4).permute(2, 0, 1)[None]
+
+
+def test_buckets_are_read_off_a_run() -> None:
+    found = find_relative("t5", _Stack(_near))
+    assert found is not None and found.buckets.tolist() == list(range(9))
+    distances = torch.arange(30)[None] - torch.arange(20)[:, None]
+    assert torch.equal(found.bias(20, 30), _near(distances, found.embedding))
+    assert find_relative("t5", _Stack(lambda d, t: torch.zeros(1, 2, *d.shape))) is None
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        lambda d, t: 2 * _near(d, t),  # not the embedding itself
+        lambda d, t: t((d - d[:1]).abs() % 9).permute(2, 0, 1)[None],  # of the query's place, not of the distance
+        lambda d, t: t(d.abs() % 9).permute(2, 0, 1)[None],  # no end of the buckets
+    ],
+)
+def test_what_is_no_embedding_of_distances_is_refused(added: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^t5: the attention of _Stack adds something to its scores"):
+        find_relative("t5", _Stack(added))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlmexport.split.cross import CrossAttention
     from vlmexport.split.logits import HiddenTokens, LogitScale
     from vlmexport.split.masks import BlockMasks
+    from vlmexport.split.relative import RelativePositions
 
 # Keyword arguments that steer the call and carry no tensor of the model's semantics.
 _CONTROL = {
@@ -42,6 +43,7 @@ class DecoderPart(nn.Module):
     `deepstack_layers`: so many first layers get something added. `kv`: what it keeps from token to token; None where
     that is what the config says. `cross`: what it attends to beside its tokens, whose keys and values it is given.
     `hidden_tokens`: tokens that it never writes; None for none. `logit_scale`: what the head's logits are scaled by.
+    `relative`: what its attention adds to scores; None for nothing.
     `chunks`: so many tokens make a chunk, of which each layer's see their own alone (0: all; empty: no layer has them).
     `counted`: layers whose attention computes with the number of tokens before each one.
     """
@@ -56,6 +58,7 @@ class DecoderPart(nn.Module):
         self.cross: CrossAttention | None = None
         self.hidden_tokens: HiddenTokens | None = None
         self.logit_scale: LogitScale | None = None
+        self.relative: RelativePositions | None = None
         self.chunks: tuple[int, ...] = ()
         self.counted: tuple[int, ...] = ()
         self.decoder = decoder

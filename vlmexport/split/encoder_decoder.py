@@ -16,7 +16,9 @@ from vlmexport.split.cross import STATES, CrossAttention, CrossDecoder, CrossKey
 from vlmexport.split.decoder import DecoderCall, text_decoder
 from vlmexport.split.difference import refuse_difference
 from vlmexport.split.language import LanguageParts
+from vlmexport.split.logits import find_logit_scale
 from vlmexport.split.parts import Part, Role, Signature
+from vlmexport.split.relative import find_relative
 from vlmexport.split.usage import parameters_behind
 from vlmexport.split.vision import VisionPart
 
@@ -125,12 +127,14 @@ def capture_call(model: Any, encoder: Any, example: Example, tokens: torch.Tenso
 class TextEncoder(VisionPart):
     """Merged embeddings in, keys and values of every cross-attention out.
 
-    It has the parameters of the whole model under their names; `used` are those that it computes with.
+    It has the parameters of the whole model under their names; `used` are those that it computes with. `relative`: what
+    its attention adds to scores, None for nothing.
     """
 
     def __init__(self, model: Any, encoder: Any, keys: CrossKeys, example: Example) -> None:
         super().__init__(model, tuple(keys.cross.names), ())
         self._cut = (encoder, keys)
+        self.relative = find_relative(model.config.model_type, encoder)
         self.used = parameters_behind(model, lambda: self(**example))
 
     @property
@@ -162,7 +166,8 @@ def split_encoder_decoder(vlm: VLM, examples: tuple[Example, ...]) -> LanguagePa
     calls = [capture_call(model, encoder, example, tokens) for example in (*examples, _padded(examples[-1]))]
     cross, kv = find_cross(family, decoder, STATES[0], calls[0].states.shape[-1], 0)
     whole = CrossDecoder(decoder, model.get_output_embeddings(), cross)
-    whole.kv = kv
+    states = cross.arguments(torch.zeros(1, _ANSWER, cross.width, dtype=decoder.dtype), None)
+    whole.kv, whole.relative = kv, find_relative(family, decoder, states)
     first = {"inputs_embeds": calls[0].embeds, "attention_mask": calls[0].mask}
     inner = TextEncoder(model, encoder, CrossKeys(decoder, cross), first)
     difference, given = 0.0, []
@@ -175,6 +180,9 @@ def split_encoder_decoder(vlm: VLM, examples: tuple[Example, ...]) -> LanguagePa
         )
         with torch.no_grad():
             logits = whole(**given[-1])
+            if whole.logit_scale is None:
+                whole.logit_scale = find_logit_scale(decoder.config, logits, call.logits)
+                logits = whole(**given[-1])
         difference = max(difference, refuse_difference(vlm, "text encoder, decoder and LM head", logits, call.logits))
     layers = tuple(cross.kept)
     merge = MergeSpec(vlm.facts.image_token_id, decoder_start_token_id=start, cross_layers=layers)

@@ -17,6 +17,7 @@ from vlmexport.lower.onnx.layer_rows import emit_layer_rows
 from vlmexport.lower.onnx.linear import LinearEmitter, LinearRef, cast
 from vlmexport.lower.onnx.neutral import DOMAIN
 from vlmexport.lower.onnx.regions import cut_regions
+from vlmexport.lower.onnx.relative import AddedLookup
 from vlmexport.lower.onnx.rotation import Rotations
 from vlmexport.lower.onnx.shared_kv import SharedCall
 from vlmexport.lower.onnx.states import OPERATORS, StateEmitter, wide_nodes
@@ -270,11 +271,17 @@ class DecoderAssembler:
             key_weight=self._weight_behind(key, layer, kind),
             value_weight=self._weight_behind(value, layer, kind),
             value_makers=tuple(self._linear_ref(n, layer, kind).weight for n in linears_before(value)),
+            added=self._added(),
         )
         result = self.dialect.attention(self.tape, call)
         self._present(result.present_key, past[0], f"present.{layer}.key")
         self._present(result.present_value, past[1], f"present.{layer}.value")
         self._output(node.outputs[0], result.output, heads, head_dim, prefix)
+
+    def _added(self) -> AddedLookup | None:
+        """What attention to the tokens adds to its scores."""
+        lookup = self.traced.relative
+        return None if lookup is None else AddedLookup(lookup, self._weight(lookup.weight))
 
     def _shared_attention(self, node: ir.Node, prefix: str, layer: int) -> None:
         query, source = required(node.inputs[0]), node.attributes["source"].as_int()

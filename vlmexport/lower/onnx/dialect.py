@@ -9,6 +9,7 @@ from typing import Protocol
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from vlmexport.lower.onnx.relative import AddedLookup
 from vlmexport.lower.onnx.shared_kv import SharedCall
 
 
@@ -20,7 +21,8 @@ class AttentionCall:
     `chunk`: tokens see those of their own chunk of so many tokens alone (0: all).
     `packed` is set when q, k and v come straight from linears on one input: their stacked product ``[B, S, (N+2K)*D]``.
     `key_weight` and `value_weight` name the linear that k and v come straight from (None: something is in between),
-    `value_makers` all linears that v depends on through no other linear.
+    `value_makers` all linears that v depends on through no other linear. `added`: what its scores get by the distance
+    of query and key.
     """
 
     query: ir.Value
@@ -40,6 +42,7 @@ class AttentionCall:
     key_weight: str | None = None
     value_weight: str | None = None
     value_makers: tuple[str, ...] = ()
+    added: AddedLookup | None = None
     chunk: int = 0
 
 

@@ -17,6 +17,7 @@ from vlmexport.lower.onnx.exporter import quiet_exporter
 from vlmexport.lower.onnx.linear import MICROSOFT, checked_cast
 from vlmexport.lower.onnx.masks import skip_empty_masks
 from vlmexport.lower.onnx.precision import EncoderPrecision, choose_storage, half_products, widen
+from vlmexport.lower.onnx.relative import AddedScores
 from vlmexport.lower.onnx.repeat import Repeats, expand_repeats, repeated_layers
 from vlmexport.lower.onnx.selection import keep_every_row
 from vlmexport.lower.onnx.simplify import forget_trace, share, simplify, split_gemms
@@ -228,7 +229,16 @@ def _fused_attention(model: Any, part: Part, dialect: Dialect) -> Any:
         return nullcontext()
     if dialect == "tensorrt":
         return neutral_attention(model, encoder)
-    return attention_implementation(encoder, "vlmexport_vision", _attend)
+    relative = getattr(part.module, "relative", None)
+    if relative is None:
+        return attention_implementation(encoder, "vlmexport_vision", _attend)
+    added = AddedScores(relative)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        given = {name: setting for name, setting in kwargs.items() if name != "position_bias"}
+        return _attend(module, query, key, value, added.with_mask(mask, query.shape[2], key.shape[2]), **given)
+
+    return attention_implementation(encoder, "vlmexport_vision", attend)
 
 
 def _attend(

@@ -9,7 +9,7 @@ back afterwards. No family name: RMS norms are recognised by what they compute.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from vlmexport.lower.onnx.cross import CrossTrunk, trace_rows
 from vlmexport.lower.onnx.expert_trace import expert_region, float_routers
 from vlmexport.lower.onnx.exporter import quiet_exporter
 from vlmexport.lower.onnx.layer_rows import LayerRows, layer_rows_kept
+from vlmexport.lower.onnx.relative import RelativeLookup, relative_lookup
 from vlmexport.lower.onnx.rotary import Rotary, RotaryInTrace, RotaryOperator, find_rotary
 from vlmexport.lower.onnx.state_trace import traced_states
 from vlmexport.lower.onnx.wide_heads import wide_attention
@@ -52,6 +53,7 @@ class TracedDecoder:
     whole-model path of layer i. `buffers` are numbers of layers that a checkpoint holds and that are no parameters, by
     whole-model name. `rotary` is set when the rotation was taken out of the trace: for an attention operator
     that applies tables of it, or as an operator of its own. `cross`: what layers attend to beside the tokens.
+    `relative`: what attention to the tokens adds to its scores.
     `chunks`: those of the decoder part.
     """
 
@@ -61,6 +63,7 @@ class TracedDecoder:
     rotary: Rotary | RotaryOperator | RotaryInTrace | None
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     cross: CrossAttention | None = None
+    relative: RelativeLookup | None = None
     chunks: tuple[int, ...] = ()
 
 
@@ -81,7 +84,7 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
     named = {id(module): name for name, module in model.named_modules()}  # before layers are left out
     with ExitStack() as stack:
         stack.enter_context(_neutral_modules(model, decoder))
-        stack.enter_context(_neutral_attention(decoder, sources, part.cross))
+        stack.enter_context(_neutral_attention(decoder, sources, part.cross, _added(part)))
         stack.enter_context(counted_in_trace(part))
         stack.enter_context(real_pairs())
         rows = stack.enter_context(layer_rows_kept(decoder))
@@ -95,7 +98,13 @@ def trace_decoder(model: nn.Module, part: DecoderPart, *, fuse_rotary: bool, rep
         graph = _export(named, trunk, inputs)
     every = zip(paths, layers, strict=True)
     buffers = {f"{path}.{name}": held for path, layer in every for name, held in layer_buffers(layer).items()}
-    return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross, chunks=part.chunks)
+    relative = relative_lookup(named, part.relative)
+    return TracedDecoder(graph, kind_of, paths, rotary, buffers, part.cross, relative, part.chunks)
+
+
+def _added(part: DecoderPart) -> tuple[str, ...]:
+    """What attention is given to add to its scores, and the assembled graph adds."""
+    return () if part.relative is None else ("position_bias",)
 
 
 @dataclass
@@ -201,11 +210,14 @@ def _linear(module: nn.Linear, path: str) -> Callable[..., torch.Tensor]:
 
 
 @contextmanager
-def _neutral_attention(decoder: Any, sources: Mapping[int, int], cross: CrossAttention | None) -> Iterator[None]:
+def _neutral_attention(
+    decoder: Any, sources: Mapping[int, int], cross: CrossAttention | None, written: Sequence[str] = ()
+) -> Iterator[None]:
+    """Within, attention emits its operator; what is `written` of its settings is added when that is lowered."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, _mask: Any, **kwargs: Any) -> Any:
-        refuse_changed_scores(module, kwargs, written=frozenset({"softcap"}))
+        refuse_changed_scores(module, kwargs, written=frozenset({"softcap", *written}))
         scale = float(query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"])
         if cross is not None and cross.layer_of(module) is not None:
             return neutral.cross_attention(query, module.layer_idx, scale), None

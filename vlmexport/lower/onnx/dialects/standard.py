@@ -20,6 +20,8 @@ from vlmexport.lower.onnx.shared_kv import SharedCall, over_cache
 from vlmexport.split.masks import BlockMasks
 
 _INT64 = ir.DataType.INT64
+# Far below every score, and near enough to zero that none added to it leaves the range of its type.
+_LOWEST = {ir.DataType.FLOAT: -1e38, ir.DataType.FLOAT16: -3e4}
 
 
 @dataclass
@@ -33,6 +35,7 @@ class StandardDialect(GrowingCache):
     cache_type: ir.DataType | None = None
     shared: dict[str, ir.Value] = field(default_factory=dict)
     windows: dict[tuple[int, int], ir.Value] = field(default_factory=dict)
+    summands: dict[int, ir.Value] = field(default_factory=dict)
 
     def prologue(self, tape: Tape, inputs: dict[str, ir.Value], past_key: ir.Value) -> None:
         """Slots of queries and keys, and the key validity."""
@@ -99,14 +102,7 @@ class StandardDialect(GrowingCache):
         """Attention (opset 23) on 4-D tensors with past and present."""
         outputs = tape.op_multi_out(
             "Attention",
-            [
-                call.query,
-                call.key,
-                call.value,
-                self._mask(tape, call.window, call.chunk),
-                call.past_key,
-                call.past_value,
-            ],
+            [call.query, call.key, call.value, self._scored(tape, call), call.past_key, call.past_value],
             {"scale": call.scale, "softcap": call.softcap},
             num_outputs=3,
         )
@@ -118,6 +114,20 @@ class StandardDialect(GrowingCache):
     def shared_attention(self, tape: Tape, call: SharedCall) -> ir.Value:
         """Attention (opset 23) over the other layer's whole cache."""
         return over_cache(tape, call, self._mask(tape, call.window))
+
+    def _scored(self, tape: Tape, call: AttentionCall) -> ir.Value:
+        """The mask, or with something added to the scores that, and a number below all where nothing is seen."""
+        mask = self._mask(tape, call.window, call.chunk)
+        if call.added is None:
+            return mask
+        if call.window not in self.summands:
+            queries, keys = self._ranks(tape)
+            row = tape.initializer(ir.tensor([1], dtype=_INT64, name="relative.row"))
+            summand = call.added.emit(tape, tape.op("Squeeze", [tape.op("Sub", [keys, queries]), row]))
+            kind = summand.dtype or ir.DataType.FLOAT
+            lowest = tape.initializer(ir.tensor(_LOWEST[kind], dtype=kind, name="relative.hidden"))
+            self.summands[call.window] = tape.op("Where", [mask, summand, lowest])
+        return self.summands[call.window]
 
     def _mask(self, tape: Tape, window: int, chunk: int = 0) -> ir.Value:
         """Boolean ``[B, 1, S, T]`` for a window (-1: none) or a chunk (0: none), made once."""
