@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmexport.bench.memory import AnonymousPeak, folder_bytes, read_memory
+from vlmexport.bench.memory import AnonymousPeak, available_memory, folder_bytes, read_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells only on Linux")
 
@@ -31,6 +31,20 @@ def test_file_pages_are_apart(tmp_path: Path) -> None:
     after = read_memory()
     assert after.rss_file >= before.rss_file + 30_000_000
     assert after.rss_anon < before.rss_anon + 30_000_000
+
+
+def test_what_is_available_is_read_where_the_kernel_tells(tmp_path: Path) -> None:
+    facts = tmp_path / "meminfo"
+    assert available_memory(facts) is None
+    facts.write_text("MemTotal:       32000000 kB\nMemFree:          100000 kB\nMemAvailable:    2000000 kB\n")
+    assert available_memory(facts) == 2_048_000_000
+    facts.write_text("MemTotal:       32000000 kB\n")
+    assert available_memory(facts) is None
+
+
+@linux
+def test_some_memory_is_available_here() -> None:
+    assert (available_memory() or 0) > 10_000_000
 
 
 def test_peak_is_known_everywhere() -> None:

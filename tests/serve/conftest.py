@@ -48,11 +48,13 @@ class Parrot:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start a server: ``start(engine, limits=…, allowed_hosts=…)``."""
+    """Start a server: ``start(engine, limits=…, allowed_hosts=…, original=…)``."""
     running: list[Server] = []
 
-    def make(engine: Any, limits: Limits | None = None, allowed_hosts: tuple[str, ...] = ()) -> Server:
-        service = Service("parrot", engine, {"words": "a parrot"}, None, allowed_hosts, limits or Limits())
+    def make(
+        engine: Any, limits: Limits | None = None, allowed_hosts: tuple[str, ...] = (), original: Any = None
+    ) -> Server:
+        service = Service("parrot", engine, {"words": "a parrot"}, original, allowed_hosts, limits or Limits())
         server = Server(("127.0.0.1", 0), service)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)

@@ -252,14 +252,33 @@ def test_the_page_loads_nothing_from_elsewhere(start: Start) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
 
 
-def test_the_side_by_side_stream(start: Start) -> None:
-    server = start(Parrot())
+def events_of(server: Server, path: str) -> list[dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    body = json.dumps({"messages": asked("Hello")})
-    connection.request("POST", "/api/compare", body, {"Content-Type": "application/json"})
-    events = [json.loads(line[6:]) for line in io.StringIO(connection.getresponse().read().decode()) if line.strip()]
+    connection.request("POST", path, json.dumps({"messages": asked("Hello")}), {"Content-Type": "application/json"})
+    lines = io.StringIO(connection.getresponse().read().decode())
+    connection.close()
+    return [json.loads(line[6:]) for line in lines if line.strip()]
+
+
+def test_the_side_by_side_stream(start: Start) -> None:
+    events = events_of(start(Parrot()), "/api/compare")
     assert [event.get("text") for event in events] == ["", "Hello", None]
     assert events[-1]["timings"]["ttft_ms"] == 1.0
+
+
+def test_the_page_can_ask_the_export_alone_and_is_told_why_there_is_no_original(start: Start) -> None:
+    class TooLarge:
+        asked = 0
+
+        def why_not(self) -> str:
+            self.asked += 1
+            return "it does not fit"
+
+    original = TooLarge()
+    server = start(Parrot(), original=original)
+    alone = events_of(server, "/api/ask")
+    assert ([event.get("text") for event in alone], original.asked) == (["", "Hello", None], 0)
+    assert events_of(server, "/api/compare")[-1] == {"side": "original", "error": "it does not fit"}
 
 
 @pytest.mark.parametrize(
