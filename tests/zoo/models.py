@@ -155,7 +155,7 @@ def _llava_next(token: int) -> Any:
 def _llava_onevision(token: int) -> Any:
     return _build(
         "LlavaOnevision", text_config=_text("qwen2"), vision_config=_vision("siglip_vision_model"),
-        image_token_index=token, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        image_token_index=token, video_token_index=token + 1, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
     )  # fmt: skip
 
 

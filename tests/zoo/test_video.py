@@ -186,7 +186,7 @@ class _TakesNone:
 
 
 def test_a_model_whose_videos_enter_otherwise_says_so() -> None:
-    """As LLaVA-OneVision, LLaVA-NeXT-Video and Video-LLaVA: positions of one axis, no grid, features of their own."""
+    """As Video-LLaVA: positions of one axis, no grid, a tower of its own."""
     merge, example = MergeSpec(5), {"pixel_values": torch.zeros(1)}
     takes: Any = SimpleNamespace(model=_TakesVideos())
     found, notes = videos.with_videos(takes, merge, ((), ()), example)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def test_a_model_whose_videos_enter_otherwise_says_so() -> None:
 
 @pytest.mark.slow
 @pytest.mark.family
-@pytest.mark.parametrize("family", ["llava_onevision", "video_llava"])
+@pytest.mark.parametrize("family", ["llava_next_video", "video_llava"])
 def test_families_whose_videos_enter_otherwise_say_so(family: str, tmp_path: Path) -> None:
     split = take_apart(family, tmp_path / "model").split
     assert split.merge.video is None

@@ -76,6 +76,18 @@ class AnyRes:
             packed += [whole, line_end if count == 1 else self._lines(cut, size, line_end)]
         return np.concatenate(packed)
 
+    def pooled(self, frames: Array, rows: Array, side: int) -> Array:
+        """Features ``[frames * side * side (+ 1), hidden]`` of a video whose `frames` are tiles, from its rows.
+
+        `rows` are as for `pack`, the tiles' grids resized to `side` x `side`. Raises `BadInputError` as `pack` does.
+        """
+        each = self.grid * self.grid
+        if len(rows) != len(frames) * each + self.newline:
+            raise BadInputError(f"{len(frames)} frames of {each} features are to be pooled, not {len(rows)} rows")
+        grids = rows[: len(frames) * each].reshape(len(frames), self.grid, self.grid, -1)
+        small = [_resized(grid, side, side).reshape(side * side, -1) for grid in grids]
+        return np.concatenate([*small, rows[len(frames) * each :]])
+
     def _lines(self, rows: Array, size: tuple[int, int], line_end: Array) -> Array:
         down, across = self._tiling(size)
         picture = rows.reshape(down, across, self.grid, self.grid, -1).swapaxes(1, 2)

@@ -2,12 +2,13 @@
 
 Follows Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923): a video is a grid of patches with several frames,
 and the decoder's first axis of positions counts frames or what time went by. Qwen3-VL writes every frame for itself,
-behind the time as text.
+behind the time as text. LLaVA-OneVision (arXiv:2408.03326): each frame is a tile, whose features are resized to fewer,
+and one learned row ends the video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -34,12 +35,14 @@ class VideoSpec:
 
     `each_frame`: every frame is a run of tokens of its own, with text between. `per_second`: positions in time that a
     second is long, of which ``second_per_grid_ts`` says how many a frame takes (1 where it is not given); 0 for one
-    position a frame.
+    position a frame. `pool`: above 0, frames are tiles without a grid ``[videos, frames, 3, tile, tile]``, of whose
+    features `pool` x `pool` are left, and the row that ends the lines of pictures ends the video.
     """
 
     token_id: int
     each_frame: bool = False
     per_second: float = 0.0
+    pool: int = 0
 
 
 def token_kinds(spec: MergeSpec, ids: Ids) -> Ids:
@@ -65,13 +68,16 @@ def frame_times(video: VideoSpec, frames: int, seconds: float) -> Ids:
 def as_pictures(spec: MergeSpec, input_ids: Ids, pixel_inputs: Inputs) -> tuple[Ids, dict[str, NDArray[Any]]]:
     """A prompt ``[1, tokens]`` and its pixels with videos as pictures of several frames, in the order of the prompt.
 
-    Prompts without videos are given back as they are. Raises `BadInputError` for a video where the model has no place
+    Prompts without videos are given back as they are; so are the pixels of frames that are tiles (`pooled_features`).
+    Raises `BadInputError` for a video where the model has no place
     for one, and when the runs of tokens are not those of the grids.
     """
     given = dict(pixel_inputs)
     if VIDEO_GRID not in given and VIDEO_PIXELS not in given:
         return input_ids, given
-    if spec.video is None or VIDEO_GRID not in given:
+    if spec.video is not None and spec.video.pool and VIDEO_GRID not in given:
+        return np.where(input_ids == spec.video.token_id, spec.image_token_id, input_ids), given
+    if spec.video is None or spec.video.pool or VIDEO_GRID not in given:
         raise BadInputError(f"the prompt has {VIDEO_PIXELS}, but videos of this model are not supported; give pictures")
     waiting = {IMAGE: _pieces(given, PIXELS, GRID), VIDEO: _pieces(given, VIDEO_PIXELS, VIDEO_GRID)}
     grids, pixels = [], []
@@ -86,6 +92,43 @@ def as_pictures(spec: MergeSpec, input_ids: Ids, pixel_inputs: Inputs) -> tuple[
     others = {n: a for n, a in given.items() if n not in (PIXELS, GRID, VIDEO_PIXELS, VIDEO_GRID, SECONDS)}
     ids = np.where(input_ids == spec.video.token_id, spec.image_token_id, input_ids)
     return ids, {**others, PIXELS: np.concatenate(pixels), GRID: np.stack(grids)}
+
+
+def has_tiles(spec: MergeSpec, pixel_inputs: Inputs) -> bool:
+    """Are there videos whose frames are tiles?"""
+    return spec.video is not None and spec.video.pool > 0 and VIDEO_PIXELS in pixel_inputs
+
+
+def pooled_features(
+    spec: MergeSpec,
+    input_ids: Ids,
+    pixel_inputs: Inputs,
+    of_pictures: Callable[[Inputs], NDArray[Any]],
+    of_tiles: Callable[[Inputs], NDArray[Any]],
+) -> NDArray[Any]:
+    """Features ``[tokens, hidden]`` of a prompt ``[1, tokens]`` with videos whose frames are tiles, in its order.
+
+    `of_pictures` gives those of pictures, as they are merged, `of_tiles` the projector's rows of tiles. Raises
+    `BadInputError` when the prompt has not as many tokens of each.
+    """
+    packing, video = spec.packing, spec.video
+    if packing is None or video is None:
+        raise BadInputError("the model has no rule for frames that are tiles")
+    rest = {name: array for name, array in pixel_inputs.items() if name != VIDEO_PIXELS}
+    made = [packing.pooled(clip, of_tiles({PIXELS: clip}), video.pool) for clip in pixel_inputs[VIDEO_PIXELS]]
+    features = {VIDEO: np.concatenate(made)}
+    if PIXELS in rest:
+        features[IMAGE] = of_pictures(rest)
+    kinds = token_kinds(spec, input_ids[0])
+    kinds = kinds[kinds != TEXT]
+    for kind, noun in ((IMAGE, "pictures"), (VIDEO, "videos")):
+        count, rows = int((kinds == kind).sum()), len(features.get(kind, ()))
+        if count != rows:
+            raise BadInputError(f"the prompt has {count} tokens of {noun}, their pixels make {rows} features")
+    joined = np.empty((len(kinds), made[0].shape[1]), made[0].dtype)
+    for kind, found in features.items():
+        joined[kinds == kind] = found
+    return joined
 
 
 def _order(spec: MergeSpec, ids: Ids, given: Inputs) -> Iterator[int]:

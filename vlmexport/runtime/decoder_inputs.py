@@ -22,7 +22,7 @@ from vlmexport.model.merge import MergeSpec
 from vlmexport.model.per_token import PER_LAYER
 from vlmexport.model.placing import joined_features
 from vlmexport.model.positions import prompt_positions
-from vlmexport.model.videos import as_pictures
+from vlmexport.model.videos import as_pictures, has_tiles, pooled_features
 from vlmexport.runtime.protocol import (
     BATCH_AXIS,
     DEFAULT_RESERVE,
@@ -132,10 +132,21 @@ def merged_inputs(runner: Runner, batch: Sequence[ModelInputs]) -> tuple[Decoder
 
 
 def encoded_pictures(runner: Runner, batch: Sequence[ModelInputs]) -> list[Array]:
-    """The image features of each prompt that has pixels; videos are encoded as images of several frames."""
+    """The image features of each prompt that has pixels; videos as images of several frames, or as tiles."""
+    return [_encoded(runner, item) for item in batch if item.pixel_inputs]
+
+
+def _encoded(runner: Runner, item: ModelInputs) -> Array:
     spec = runner.merge_spec
-    pixels = [as_pictures(spec, item.input_ids, item.pixel_inputs)[1] for item in batch if item.pixel_inputs]
-    return [runner.image_features(inputs) for inputs in pixels]
+    if not has_tiles(spec, item.pixel_inputs):
+        return runner.image_features(as_pictures(spec, item.input_ids, item.pixel_inputs)[1])
+    return pooled_features(
+        spec,
+        item.input_ids,
+        item.pixel_inputs,
+        runner.image_features,
+        lambda tiles: runner.project(runner.vision(tiles)),
+    )
 
 
 def with_features(runner: Runner, batch: Sequence[ModelInputs], features: Sequence[Array]) -> tuple[DecoderInputs, Ids]:

@@ -31,6 +31,8 @@ Example = dict[str, torch.Tensor]
 _LIMIT = 1e-5
 _FRAMES, _SECONDS = 2, 1.5
 _KINDS = "mm_token_type_ids"
+_LEFT_OUT = "videos are left out, pictures are not"
+_BY_PICTURE_DIMS = 5  # [pictures, tiles, channels, height, width]
 _OTHERWISE = "enter this model in a way of their own, which no part of an export has"
 # What a model raises for a prompt whose video tokens do not stand as it expects.
 _NOT_SO = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError, StopIteration)
@@ -46,10 +48,12 @@ def with_videos(
     `parts` are the vision encoder and the projector, whose features of a video's frames are compared with the model's;
     `example` is one of the whole model with a picture. Models that take no videos keep none, without a note.
     """
+    if merge.packing is not None and _takes_videos(vlm):
+        return _with_tiles(vlm, merge, parts, example)
     reasons = []
     candidates = _candidates(vlm) if merge.position == "mrope" and GRID in example else []
     if not candidates and _takes_videos(vlm):
-        return merge, (f"videos are left out, pictures are not: {VIDEO_PIXELS} {_OTHERWISE}",)
+        return merge, (f"{_LEFT_OUT}: {VIDEO_PIXELS} {_OTHERWISE}",)
     if merge.pictures is not None and candidates:
         return merge, ("videos are left out, pictures are not: the vision encoder takes one picture at a time",)
     for spec in candidates:
@@ -72,6 +76,41 @@ def with_videos(
     )
 
 
+def _with_tiles(
+    vlm: VLM, merge: MergeSpec, parts: tuple[Part, Part], example: Example
+) -> tuple[MergeSpec, tuple[str, ...]]:
+    """`with_videos` for a model that cuts pictures into tiles: frames may be tiles of fewer features."""
+    token, packing = _video_token(vlm), merge.packing
+    if token is None or packing is None or example[PIXELS].ndim != _BY_PICTURE_DIMS:
+        return merge, (f"{_LEFT_OUT}: {VIDEO_PIXELS} {_OTHERWISE}",)
+    side = -(-packing.grid // 2)
+    found = dataclasses.replace(merge, video=VideoSpec(token, pool=side))
+    frames = torch.stack([example[PIXELS][0, 0].roll(shift, -1) for shift in range(_FRAMES)])
+    ids = example["input_ids"][0]
+    first = int((ids == merge.image_token_id).nonzero()[0])
+    run = torch.full((_FRAMES * side * side + packing.newline,), token)
+    given = torch.cat([ids[:first], run, ids[first:][ids[first:] != merge.image_token_id]])[None]
+    prompt = {"input_ids": given, "attention_mask": torch.ones_like(given), VIDEO_PIXELS: frames[None]}
+    try:
+        call = capture_decoder_call(vlm.model, prompt)
+    except _NOT_SO as error:
+        return merge, (
+            f"{_LEFT_OUT}: with frames as tiles the model raises {type(error).__name__}: {_one_line(error)}",
+        )
+    with torch.no_grad():
+        rows = parts[1].module(**{parts[1].signature.inputs[0].name: parts[0].module(**{PIXELS: frames})})
+    made = torch.from_numpy(packing.pooled(frames.numpy(), rows.float().numpy(), side))
+    if not _close(made, call.kwargs["inputs_embeds"][given == token]):
+        return merge, (f"{_LEFT_OUT}: {VIDEO_PIXELS} {_OTHERWISE}",)
+    return found, ()
+
+
+def _video_token(vlm: VLM) -> int | None:
+    config = vlm.model.config
+    token = getattr(config, "video_token_id", getattr(config, "video_token_index", None))
+    return None if token is None else int(token)
+
+
 def _takes_videos(vlm: VLM) -> bool:
     return VIDEO_PIXELS in inspect.signature(vlm.model.forward).parameters
 
@@ -79,13 +118,12 @@ def _takes_videos(vlm: VLM) -> bool:
 def _candidates(vlm: VLM) -> list[VideoSpec]:
     """The ways in which videos may enter, the likeliest first; none for a model that takes no videos by grid."""
     taken = inspect.signature(vlm.model.forward).parameters
-    config = vlm.model.config
-    token = getattr(config, "video_token_id", getattr(config, "video_token_index", None))
+    config, token = vlm.model.config, _video_token(vlm)
     if token is None or not {VIDEO_PIXELS, VIDEO_GRID} <= taken.keys():
         return []
     speed = getattr(getattr(config, "vision_config", None), "tokens_per_second", None)
-    timed = [VideoSpec(int(token), per_second=float(speed))] if speed else []
-    return [*timed, VideoSpec(int(token)), VideoSpec(int(token), each_frame=True)]
+    timed = [VideoSpec(token, per_second=float(speed))] if speed else []
+    return [*timed, VideoSpec(token), VideoSpec(token, each_frame=True)]
 
 
 def _prompt(vlm: VLM, merge: MergeSpec, video: VideoSpec, example: Example) -> Example:

@@ -9,7 +9,7 @@ import numpy as np
 from vlmexport.errors import NotPossibleHereError
 from vlmexport.genai_options import GENAI_LAYOUT
 from vlmexport.manifest import Artifact
-from vlmexport.model.videos import VIDEO_GRID
+from vlmexport.model.videos import VIDEO_PIXELS
 from vlmexport.runtime.decoder_inputs import merged_inputs
 from vlmexport.runtime.genai import GenaiModel
 from vlmexport.runtime.ort import OnnxRunner
@@ -39,7 +39,7 @@ def check_genai(gate: Gate, artifact: Artifact, prompts: Sequence[Prompt], runne
     if not isinstance(runner, OnnxRunner):
         raise TypeError(f"an export of this layout is run by OnnxRunner, not {type(runner).__name__}")
     found: list[GenaiModel] = []
-    for prompt in (prompt for prompt in prompts if VIDEO_GRID not in prompt.exported.pixel_inputs):
+    for prompt in (prompt for prompt in prompts if VIDEO_PIXELS not in prompt.exported.pixel_inputs):
         inputs, name = prompt.exported, f"embed_tokens/merge[{prompt.name}]"
         with gate.guard(name, "embed_tokens", "lowering"):
             wanted = merged_inputs(runner, [inputs])[0].embeds

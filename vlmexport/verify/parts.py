@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmexport.model.videos import as_pictures
-from vlmexport.runtime.decoder_inputs import DecoderInputs, merged_inputs
+from vlmexport.model.videos import PIXELS, VIDEO_PIXELS, as_pictures, has_tiles
+from vlmexport.runtime.decoder_inputs import DecoderInputs, encoded_pictures, merged_inputs
 from vlmexport.runtime.protocol import Array, ModelInputs, Runner, VisionFeatures, named_features
 from vlmexport.target import ParityLimits
 from vlmexport.verify import metrics
@@ -80,11 +80,10 @@ def check_image_features(
             continue
         name = f"vision_encoder/image_features[{prompt.name}]"
         with gate.guard(name, "vision_encoder", "lowering"):
-            pixels = _pictures(reference, inputs)
-            found = exported.image_features(pixels)
+            found = encoded_pictures(exported, [inputs])[0]
             limit = limits.vision_rel + limits.projector_rel
             limit += _FLOAT16_ROUNDING if found.dtype == np.float16 else 0.0
-            wanted = reference.image_features(pixels)
+            wanted = encoded_pictures(reference, [inputs])[0]
             gate.close(name, "vision_encoder", "lowering", wanted, found, limit)
 
 
@@ -137,8 +136,11 @@ def merged_input(runner: Runner, inputs: ModelInputs) -> DecoderInputs:
 
 
 def _pictures(runner: Runner, inputs: ModelInputs) -> Mapping[str, Array]:
-    """What the vision encoder gets of a prompt: videos are pictures of several frames there."""
-    return as_pictures(runner.merge_spec, inputs.input_ids, inputs.pixel_inputs)[1]
+    """What the vision encoder gets of a prompt: videos are pictures of several frames there, or tiles."""
+    spec = runner.merge_spec
+    if has_tiles(spec, inputs.pixel_inputs):
+        return {PIXELS: np.concatenate(inputs.pixel_inputs[VIDEO_PIXELS])}
+    return as_pictures(spec, inputs.input_ids, inputs.pixel_inputs)[1]
 
 
 def _pixel_fault(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> str:

@@ -15,14 +15,14 @@ import torch
 from vlmexport.errors import BadInputError
 from vlmexport.manifest import Artifact
 from vlmexport.model.merge import MergeSpec
-from vlmexport.model.videos import VIDEO_GRID, token_kinds
+from vlmexport.model.videos import VIDEO_PIXELS, token_kinds
 from vlmexport.runtime.decoder_inputs import DecoderInputs
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.video import Video
 from vlmexport.runtime.video_prompt import build_video_prompt, require_video_inputs
 from vlmexport.split.decoder import capture_decoder_call
-from vlmexport.split.positions import dense_deepstack
+from vlmexport.split.positions import further_inputs
 from vlmexport.verify.gates import Gate
 from vlmexport.verify.inputs import draw_picture
 from vlmexport.verify.parts import Prompt
@@ -80,17 +80,14 @@ def check_video(
     checks know. Further inputs are ``...:<name>``.
     """
     for prompt in prompts:
-        if prompt.reference is None or VIDEO_GRID not in prompt.reference.pixel_inputs:
+        if prompt.reference is None or VIDEO_PIXELS not in prompt.reference.pixel_inputs:
             continue
         name, made = f"model/video[{prompt.name}]", wanted[prompt.name]
         with gate.guard(name, "model", "lowering"):
             call = capture_decoder_call(reference.vlm.model, _whole_inputs(reference, prompt.reference))
             gate.close(name, "model", "lowering", call.kwargs["inputs_embeds"].numpy(), made.embeds, _LIMIT)
-            right = {"position_ids": call.kwargs["position_ids"].numpy()}
-            if "deepstack_embeds" in made.extras:
-                right["deepstack_embeds"] = dense_deepstack(call).numpy()
-            for extra, array in right.items():
-                gate.close(f"{name}:{extra}", "model", "lowering", array, made.extras.get(extra), _LIMIT)
+            for extra, array in further_inputs(reference.runner.merge_spec, call).items():
+                gate.close(f"{name}:{extra}", "model", "lowering", array.numpy(), made.extras.get(extra), _LIMIT)
 
 
 def _whole_inputs(reference: Reference, inputs: ModelInputs) -> dict[str, torch.Tensor]:
