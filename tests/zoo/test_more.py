@@ -114,7 +114,10 @@ _TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidde
                           "image_size": 32, "patch_size": 16}  # fmt: skip
 _NO_PLACE = "the config has no image token id, so features have no place"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "blip": (_blip, "the model has no LM head, so it writes no text"),
+    "blip": (
+        _blip,
+        "its LM head is inside text_decoder, and not given by the model itself; such models are not supported yet",
+    ),
     "git": (_git, _NO_PLACE),
     "pix2struct": (_pix2struct, _NO_PLACE),
     "idefics": (_idefics, _NO_PLACE),

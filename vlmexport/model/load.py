@@ -152,7 +152,7 @@ def model_facts(model: PreTrainedModel, dtype: str | None = None) -> ModelFacts:
     text = config.get_text_config()
     head: Any = model.get_output_embeddings()
     if head is None:
-        raise UnsupportedModelError(f"{config.model_type}: the model has no LM head, so it writes no text")
+        raise UnsupportedModelError(f"{config.model_type}: {_without_head(model)}")
     return ModelFacts(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -165,6 +165,14 @@ def model_facts(model: PreTrainedModel, dtype: str | None = None) -> ModelFacts:
         eos_token_ids=_eos_token_ids(model, text),
         output="embeddings" if retrieves else "logits",
     )
+
+
+def _without_head(model: PreTrainedModel) -> str:
+    """Why a model whose own accessor gives no LM head cannot be exported."""
+    for name, child in model.named_children():
+        if getattr(child, "get_output_embeddings", lambda: None)() is not None:
+            return f"its LM head is inside {name}, and not given by the model itself; such models are not supported yet"
+    return "the model has no LM head, so it writes no text"
 
 
 def _checkpoint_dtype(model: PreTrainedModel) -> str:

@@ -261,8 +261,9 @@ def flat_features(vlm: VLM, result: Any) -> torch.Tensor:
     features = result if isinstance(result, torch.Tensor | list | tuple) else getattr(result, "pooler_output", None)
     rows = [features] if isinstance(features, torch.Tensor) else features
     if not rows or not all(isinstance(r, torch.Tensor) and r.shape[-1] == vlm.facts.hidden_size for r in rows):
+        where = "in pooler_output" if features is None else f"of the text width {vlm.facts.hidden_size}"
         raise UnsupportedModelError(
-            f"{vlm.facts.model_type}: get_image_features gives no rows of the text width {vlm.facts.hidden_size}"
+            f"{vlm.facts.model_type}: get_image_features gives no rows {where}; such models are not supported yet"
         )
     return torch.cat([r.reshape(-1, r.shape[-1]) for r in rows])
 
