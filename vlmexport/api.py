@@ -413,6 +413,7 @@ def answer_prompt(
     dtype: str | None = None,
     video: Path | None = None,
     fps: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Answer:
     """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes.
 
@@ -427,7 +428,8 @@ def answer_prompt(
     artifact = open_artifact(path, check_hashes=False)
     artifact = artifact if dtype is None else as_variant(artifact, dtype)
     frames = None if video is None else load_video(video, fps)
-    return answer(artifact, list(images), prompt, sampling, on_text, video=frames)
+    trust = trust_remote_code
+    return answer(artifact, list(images), prompt, sampling, on_text, video=frames, trust_remote_code=trust)
 
 
 def examine_machine() -> DoctorReport:

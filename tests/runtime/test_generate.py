@@ -16,6 +16,8 @@ from vlmexport.runtime.generate import Timings, answer, generate_ids, generate_s
 from vlmexport.runtime.ort import OnnxRunner
 from vlmexport.runtime.prompt import PromptBuilder
 from vlmexport.runtime.sampling import Sampling
+from vlmexport.serve.engine import open_engine
+from vlmexport.serve.limits import Limits
 
 
 def test_answer_streams_its_text(mock_artifact: Artifact, pictures: list[Path]) -> None:
@@ -104,3 +106,23 @@ def test_the_graphs_run_without_pytorch(mock_artifact: Artifact, tmp_path: Path)
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_a_processor_runs_where_it_is_trusted(
+    mock_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    asked: list[bool] = []
+
+    def load(_builder: PromptBuilder, _folder: Path, *, trust_remote_code: bool = False) -> None:
+        asked.append(trust_remote_code)
+        raise BadInputError("enough")
+
+    monkeypatch.setattr(PromptBuilder, "__init__", load)
+    for open_it in (
+        lambda: answer(mock_artifact, [], "what?", threads=1, trust_remote_code=trusted),
+        lambda: open_engine(mock_artifact, Limits(), 1, trust_remote_code=trusted),
+    ):
+        with pytest.raises(BadInputError, match="enough"):
+            open_it()
+    assert asked == [trusted, trusted]

@@ -137,7 +137,7 @@ def _contenders(
         read_checkpoint(original, trust_remote_code=base.trust_remote_code)
         if adapter is not None:
             read_adapter(adapter)
-        base = replace(base, inputs=_prepared(artifact, asked))
+        base = replace(base, inputs=_prepared(base, artifact, asked))
     except (BadInputError, NotPossibleHereError) as error:
         if model or lora:
             raise
@@ -149,20 +149,20 @@ def _contenders(
 def _contender(artifact: Artifact, base: Contender, asked: _Question) -> Contender:
     """The export itself, with the question in the form that its runtime takes."""
     if artifact.manifest.layout != GGUF_LAYOUT:
-        return replace(base, inputs=_prepared(artifact, asked))
+        return replace(base, inputs=_prepared(base, artifact, asked))
     folder = asked.folder / "question"
     save_question(artifact.path, asked.prompt, asked.pictures, folder)
     return replace(base, kind="gguf", inputs=str(folder))
 
 
-def _prepared(artifact: Artifact, asked: _Question) -> str:
+def _prepared(base: Contender, artifact: Artifact, asked: _Question) -> str:
     """The file of what the model's own processor makes of the question."""
     from vlmexport.runtime.prompt import PromptBuilder
 
     file = asked.folder / "inputs.npz"
     if not file.is_file():
         try:
-            builder = PromptBuilder(artifact.path)
+            builder = PromptBuilder(artifact.path, trust_remote_code=base.trust_remote_code)
         except ImportError as error:  # torchvision, for some image processors
             raise NotPossibleHereError(f"{artifact.path}: the processor does not load here: {error}") from error
         save_inputs(builder.build(asked.pictures, asked.prompt), file)

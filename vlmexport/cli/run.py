@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vlmexport import api
-from vlmexport.cli.options import artifact_argument
+from vlmexport.cli.options import artifact_argument, trust_option
 from vlmexport.cli.session import Session, common_options
 from vlmexport.cli.text import example
 
@@ -59,6 +59,7 @@ _IMAGE = click.Path(path_type=Path, dir_okay=False)
     "--dtype", default=None, metavar="NAME", show_default="the export's first",
     help="Which of several precisions to run (exports of --layout transformersjs).",
 )  # fmt: skip
+@trust_option
 @common_options
 def command(
     session: Session,
@@ -74,6 +75,7 @@ def command(
     seed: int,
     stop: tuple[str, ...],
     dtype: str | None,
+    trust_remote_code: bool,
 ) -> None:
     """Answer a question about pictures or a video with the export in DIR; the answer streams to stdout.
 
@@ -92,6 +94,9 @@ def command(
         stream.write(text)
         stream.flush()
 
-    answer = api.answer_prompt(artifact, images, prompt, sampling, show, dtype=dtype, video=video, fps=fps)
+    answer = api.answer_prompt(
+        artifact, images, prompt, sampling, show,
+        dtype=dtype, video=video, fps=fps, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     show("\n")
     session.write_json(answer.to_dict())

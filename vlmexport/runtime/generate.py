@@ -93,10 +93,12 @@ def answer(
     *,
     threads: int = 0,
     video: Video | None = None,
+    trust_remote_code: bool = False,
 ) -> Answer:
     """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text piece by piece.
 
-    `video` stands between the images and the text. In a static cache the answer ends where the cache does;
+    `video` stands between the images and the text. `trust_remote_code` lets a processor run code that came with the
+    model. In a static cache the answer ends where the cache does;
     `BadInputError` for a prompt that does not fit, and for a video where the export takes none.
     """
     require_text(artifact)
@@ -105,11 +107,13 @@ def answer(
 
         if video is not None:
             raise BadInputError(f"{artifact.path}: GGUF exports take pictures, no videos; give pictures with --image")
-        return answer_gguf(artifact, images, prompt, sampling, on_text, threads=threads)
+        return answer_gguf(
+            artifact, images, prompt, sampling, on_text, threads=threads, trust_remote_code=trust_remote_code
+        )
     from vlmexport.runtime.ort import OnnxRunner
     from vlmexport.runtime.prompt import PromptBuilder
 
-    builder = PromptBuilder(artifact.path)
+    builder = PromptBuilder(artifact.path, trust_remote_code=trust_remote_code)
     inputs = _inputs(artifact, builder, images, video, prompt)
     runner = OnnxRunner(artifact, threads=threads)
     timings = Timings(load_ms=1000 * runner.load())

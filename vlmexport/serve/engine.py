@@ -95,12 +95,12 @@ class OnnxEngine:
 class GgufEngine:
     """A GGUF export in llama.cpp."""
 
-    def __init__(self, artifact: Artifact, threads: int, limits: Limits) -> None:
+    def __init__(self, artifact: Artifact, threads: int, limits: Limits, *, trust_remote_code: bool = False) -> None:
         from vlmexport.runtime.llamacpp.export import SMALLEST_CONTEXT, open_runner
         from vlmexport.runtime.llamacpp.prompt import prompt_builder
 
         self.runner = open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT)
-        self.builder = prompt_builder(artifact.path)
+        self.builder = prompt_builder(artifact.path, trust_remote_code=trust_remote_code)
         self.capacity = positions(artifact.path) or limits.prompt_tokens
 
     def speak(
@@ -124,17 +124,18 @@ class GgufEngine:
         )
 
 
-def open_engine(artifact: Artifact, limits: Limits, threads: int = 0) -> Engine:
-    """The engine of an export, its graphs open."""
+def open_engine(artifact: Artifact, limits: Limits, threads: int = 0, *, trust_remote_code: bool = False) -> Engine:
+    """The engine of an export, its graphs open; `trust_remote_code` lets its processor run code of the model's."""
     if artifact.manifest.layout == GGUF_LAYOUT:
-        return GgufEngine(artifact, threads, limits)
+        return GgufEngine(artifact, threads, limits, trust_remote_code=trust_remote_code)
     from vlmexport.runtime.ort import OnnxRunner
 
     runner = OnnxRunner(artifact, threads=threads)
     runner.load()
     capacity = static_capacity(artifact.manifest.model) or positions(artifact.path)
     rules = answer_rules(artifact.path, runner.merge_spec)
-    return OnnxEngine(runner, PromptBuilder(artifact.path), capacity, rules, limits)
+    builder = PromptBuilder(artifact.path, trust_remote_code=trust_remote_code)
+    return OnnxEngine(runner, builder, capacity, rules, limits)
 
 
 def positions(folder: Path) -> int | None:

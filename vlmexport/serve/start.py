@@ -38,6 +38,6 @@ def start_server(
         else dataclasses.replace(Limits(), waiting=waiting, connections=waiting + _MORE_CONNECTIONS)
     )
     original = Original(artifact, model, limits, trust_remote_code=trust_remote_code) if compare else None
-    engine = open_engine(artifact, limits, threads)
+    engine = open_engine(artifact, limits, threads, trust_remote_code=trust_remote_code)
     service = Service(path.resolve().name, engine, facts(artifact), original, allowed_hosts, limits)
     return listening(lambda: Server(address, service), *address, "--port or --host")

@@ -35,10 +35,11 @@ def answer_gguf(
     on_text: Callable[[str], None],
     *,
     threads: int = 0,
+    trust_remote_code: bool = False,
 ) -> Answer:
     """Answer `prompt` about `images` by llama.cpp; `on_text` gets the text piece by piece."""
     pictures = [load_image(path) for path in images]
-    builder = prompt_builder(artifact.path)
+    builder = prompt_builder(artifact.path, trust_remote_code=trust_remote_code)
     with open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT) as runner:
         cut = runner.prompt(marked_prompt(builder, prompt, len(pictures), runner.marker), pictures)
         runner.reserve(len(cut.ids) + sampling.max_new_tokens)
