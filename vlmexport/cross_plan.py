@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from vlmexport.split.parts import Split
 
 
+# Settings of a generation_config that change a greedy answer and are not applied, with the number that asks nothing.
+_NOT_APPLIED: dict[str, float | None] = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0, "min_new_tokens": 0, "guidance_scale": 1, "bad_words_ids": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "sequence_bias": None, "exponential_decay_length_penalty": None,
+}  # fmt: skip
+
+
 def fitting_options(split: Split, options: OnnxOptions) -> OnnxOptions:
     """`options` with a method and a form of attention that a decoder beside whose tokens are states has."""
     if not split.merge.crosses:
@@ -28,6 +36,18 @@ def fitting_words(split: Split | None) -> str:
     if split is None or not split.merge.crosses:
         return ""
     return " --quant rtn" + (" --attention standard" if _adds_positions(split) else "")
+
+
+def answer_notes(vlm: VLM, split: Split | None) -> tuple[str, ...]:
+    """What the generation_config of an encoder-decoder asks of answers and no runner here does; none for others."""
+    if split is None or split.merge.decoder_start_token_id is None:
+        return ()
+    config = vlm.model.generation_config
+    asked = {name: getattr(config, name, None) for name in _NOT_APPLIED}
+    found = [f"{name} {value}" for name, value in asked.items() if value not in (None, _NOT_APPLIED[name])]
+    if not found:
+        return ()
+    return (f"answers are made without what generation_config also asks for: {', '.join(found)}",)
 
 
 def _adds_positions(split: Split) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlmexport.checkpoint_plan import FORMATS, CheckpointOptions, plan_checkpoint
-from vlmexport.cross_plan import fitting_options, fitting_words
+from vlmexport.cross_plan import answer_notes, fitting_options, fitting_words
 from vlmexport.errors import BadInputError, NotPossibleHereError, UnsupportedModelError
 from vlmexport.gguf_options import GgufOptions, GgufPlan
 from vlmexport.gguf_plan import plan_gguf
@@ -162,7 +162,7 @@ def inspect_vlm(vlm: VLM, check_tokenizer: TokenizerCheck) -> InspectReport:
         quantized_notes=() if vlm.quantized is None else vlm.quantized.notes,
         lora=None if vlm.lora is None else f"{vlm.lora.source}, {len(vlm.lora.changed)} weights changed",
         lora_notes=() if vlm.lora is None else vlm.lora.notes,
-        split_notes=() if split is None else split.notes,
+        split_notes=(*(() if split is None else split.notes), *answer_notes(vlm, split)),
     )
 
 

@@ -1,7 +1,7 @@
 """What a model's generation_config asks of every answer beside its likeliest tokens.
 
 Read for encoder-decoders alone, whose answers stand by themselves: a first token, a last one at the longest length, and
-no sequence of tokens twice. Beams and penalties are not applied (`vlmexport inspect` names them).
+no sequence of tokens twice. Beams and penalties are not applied; `vlmexport inspect` names those that are asked for.
 """
 
 from __future__ import annotations
