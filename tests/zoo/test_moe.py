@@ -27,3 +27,16 @@ def test_layers_that_differ_in_a_stored_buffer_are_one_kind_with_numbers_of_thei
     biases = [held for name, held in traced.buffers.items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     assert not torch.equal(*biases)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_bfloat16_is_split_with_the_float32_pictures_of_a_processor(tmp_path: Path) -> None:
+    """Llama 4 turns no picture into the type of its weights, and layers that count tokens compute in it."""
+    vlm, examples = registry.make("llama4", tmp_path / "model")
+    for parameter in vlm.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert all(example["pixel_values"].dtype == torch.float32 for example in examples)
+    split = split_model(vlm, examples)
+    part = split.parts[Role.DECODER].module
+    assert (part.chunks, part.counted) == ((16, 0, 16), (1,))
+    assert split.replay_difference == 0

@@ -64,7 +64,13 @@ def split_model(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...] | None =
 
 
 def _split(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Split:
-    language = _language(vlm, examples)
+    try:
+        language = _language(vlm, examples)
+    except RuntimeError as error:
+        if "dtype" not in str(error) or vlm.model.dtype == torch.float32:
+            raise
+        examples = _in_own_type(vlm, examples)  # a model that does not turn pictures into its type
+        language = _language(vlm, examples)
     merge, calls, difference = language.merge, language.calls, language.difference
     vision, projector = split_vision(vlm, examples)
     made = zip(projector.examples, examples, strict=True)
@@ -82,6 +88,12 @@ def _split(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> Split:
         **language.parts,
     }
     return Split(parts, merge, difference, language.kv, notes)
+
+
+def _in_own_type(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> tuple[dict[str, torch.Tensor], ...]:
+    """`examples` with floats of the model's own type."""
+    kind = vlm.model.dtype
+    return tuple({n: t.to(kind) if t.is_floating_point() else t for n, t in e.items()} for e in examples)
 
 
 def _language(vlm: VLM, examples: tuple[dict[str, torch.Tensor], ...]) -> LanguageParts:
