@@ -17,6 +17,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed; `make t
 
 from tests.families.tiny_gguf import make_checkpoint
 from tests.families.tiny_qwen import make_tiny_qwen
+from tests.torchvision.processors import OTHERS, ZOO, make_zoo
 from vlmexport.cli.main import run
 from vlmexport.manifest import open_artifact
 from vlmexport.runtime.prompt import PromptBuilder
@@ -56,11 +57,18 @@ def _pixtral(tokenizer: Any, settings: dict[str, Any]) -> Any:
     return PixtralProcessor(images, tokenizer, patch_size=8, chat_template=tokenizer.chat_template, **words)
 
 
+def _zoo(family: str) -> Callable[[Path], Path]:
+    return lambda folder: make_zoo(family, folder)
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen2_vl": _qwen("qwen2_vl"),
     "qwen2_5_vl": _qwen("qwen2_5_vl"),
     "qwen3_vl": _qwen("qwen3_vl"),
+    "qwen3_vl_moe": _qwen("qwen3_vl_moe"),
     "pixtral": _with_processor("pixtral", _pixtral),
+    **{family: _zoo(family) for family in ZOO},
+    **OTHERS,
 }
 
 
