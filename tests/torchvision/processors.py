@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.families.tiny_text import byte_level_tokenizer, save_tiny
-from tests.zoo import models, qwen
+from tests.zoo import models, ple, qwen
 
 IMAGE, SIDE, VOCAB = "<image>", 32, models.VOCAB
 Processor = Callable[[Any, str], Any]
@@ -148,4 +148,38 @@ def make_glm4v(folder: Path) -> Path:
     return _with(folder, Glm4vProcessor(pixels, tokenizer, Glm4vVideoProcessor(), chat_template=words))
 
 
-OTHERS: dict[str, Callable[[Path], Path]] = {"glm4v": make_glm4v}
+def make_gemma4(folder: Path) -> Path:
+    """Gemma 4: patches, padded to as many as 70 tokens have."""
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    names = ("image", "boi", "eoi", "audio", "boa", "eoa")
+    named = {f"{name}_token": f"<{name}>" for name in names}
+    special = ("<|endoftext|>", "<|im_end|>", *named.values(), "<|video|>")
+    tokenizer = byte_level_tokenizer(special, ple.VOCAB, **named)
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in names}
+    config = Gemma4Config(
+        text_config=ple._TEXT,
+        vision_config=ple._VISION | {"position_embedding_size": 280},
+        audio_config=None,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        eoa_token_index=ids.pop("eoa"),
+        **{f"{name}_token_id": ids[name] for name in ids},
+    )
+    model = Gemma4ForConditionalGeneration(config)
+    ple._fill_buffers(model)
+    save_tiny(model, tokenizer, {}, folder, template("<image>"), 0)
+    patches = {"patch_size": ple.PATCH, "pooling_kernel_size": ple.POOL}
+    pixels = Gemma4ImageProcessor(max_soft_tokens=70, **patches)
+    sounds, video = Gemma4AudioFeatureExtractor(), Gemma4VideoProcessor(max_soft_tokens=70, **patches)
+    words = {"image_seq_length": 70, "chat_template": template("<image>")}
+    return _with(folder, Gemma4Processor(sounds, pixels, tokenizer, video, **words))
+
+
+OTHERS: dict[str, Callable[[Path], Path]] = {"gemma4": make_gemma4, "glm4v": make_glm4v}
