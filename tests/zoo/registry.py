@@ -14,7 +14,7 @@ from tests.zoo.entry import Entry, Example
 from tests.zoo.models import ZOO, make_zoo, zoo_examples
 from vlmexport.model.load import VLM, load_vlm
 
-_MODULES: tuple[str, ...] = ("cross", "hybrid", "moe", "more", "places", "ple", "survey_a")
+_MODULES: tuple[str, ...] = ("cross", "hybrid", "moe", "more", "places", "ple", "survey_a", "survey_b")
 
 
 @functools.cache

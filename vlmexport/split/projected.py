@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from vlmexport.errors import UnsupportedModelError
 from vlmexport.split.interception import Absorber
 
 
@@ -33,11 +34,16 @@ class Projected:
     def __call__(self, result: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         """Features of the text's width: those in `result`, or what the first module behind the function makes of it.
 
-        `result` itself where neither is there.
+        `result` itself where neither is there. Raises `UnsupportedModelError` for hidden states that are as wide.
         """
         if not unprojected(result):
             return result
         model, owner, name, image = self._cut
+        if _as_wide(result, model):
+            raise UnsupportedModelError(
+                f"{model.config.model_type}: {name} gives hidden states of the text's own width and no features; such "
+                "models are not supported yet"
+            )
         tokens = torch.full((1, 2), image)  # a single token may pass for a step behind the prompt
         given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **inputs}
         watch = _Watch(model.config.get_text_config().hidden_size)
@@ -58,6 +64,12 @@ class Projected:
             except _FeaturesError as found:
                 return found.features
         return result
+
+
+def _as_wide(result: Any, model: Any) -> bool:
+    """Have the hidden states of `result` the text's width already, so that nothing may project them?"""
+    states = result.last_hidden_state
+    return isinstance(states, torch.Tensor) and states.shape[-1] == model.config.get_text_config().hidden_size
 
 
 def unprojected(result: Any) -> bool:
