@@ -42,7 +42,7 @@ test-torchvision: $(TORCHVISION)
 
 $(TORCHVISION): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TORCHVISION_VENV)
-	$(TORCHVISION_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch===2.13.0" "torchvision==0.28.0"
+	$(TORCHVISION_VENV)/bin/python -m pip --disable-pip-version-check install -q "torch===2.13.0" "torchvision==0.28.0" "timm==1.0.31"
 	$(TORCHVISION_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt \
 		-e . num2words pytest pytest-timeout
 	@touch $@
