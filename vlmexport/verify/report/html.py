@@ -158,7 +158,9 @@ def _part_plot(report: ParityReport) -> str:
     rows = [
         Bar(_group_label(group), math.inf if check.value is None else check.value, check.limit, check.status)
         for group in group_checks(report.checks)
-        if (check := group.worst).limit and check.metric.endswith("<=") and check.metric != "ratio <="
+        if (check := group.worst).limit
+        and check.metric.endswith("<=")
+        and check.metric != "ratio <="
         and not check.name.startswith("baseline/")
     ]
     if not rows:
