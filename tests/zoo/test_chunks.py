@@ -7,8 +7,6 @@ queries by the number of tokens before them, and experts take rows that are scal
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +25,7 @@ from vlmexport.runtime.protocol import ModelInputs
 from vlmexport.runtime.torch import TorchRunner
 from vlmexport.split.capture import split_model
 from vlmexport.split.difference import REPLAY_LIMIT
+from vlmexport.split.packed import replaced
 from vlmexport.split.parts import Role
 from vlmexport.target import load_target
 
@@ -130,7 +129,7 @@ def test_another_chunk_or_another_scale_is_seen(exported: Exported) -> None:
     config = exported.zooed.vlm.model.config.get_text_config()
     counting: Any = exported.zooed.split.parts[Role.DECODER].module.decoder.layers[1].self_attn
     for owner, name, value in ((config, "attention_chunk_size", CHUNK + 1), (counting, "floor_scale", 9.0)):
-        with changed(owner, name, value):
+        with replaced(owner, name, value):
             wanted, _ = exported.whole(example)
         assert relative(logits, wanted) > 10 * LIMIT
     assert relative(logits, exported.whole(example)[0]) <= LIMIT
@@ -147,14 +146,3 @@ def test_features_are_behind_the_projector_that_the_model_applies_itself(exporte
     assert zooed.split.parts[Role.PROJECTOR].prefix == "multi_modal_projector."
     pixels = {"pixel_values": zooed.examples[-1]["pixel_values"].numpy()}
     assert relative(exported.runner.image_features(pixels), exported.reference.image_features(pixels)) <= LIMIT
-
-
-@contextmanager
-def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within, `owner` has another `name`."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
