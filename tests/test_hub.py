@@ -121,14 +121,20 @@ def test_no_path_of_this_machine_goes_up(tmp_path: Path) -> None:
 def test_what_an_earlier_export_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     api, old = Hub(), tmp_path / "old.json"
     old.write_text(json.dumps({"created_by": {"vlmexport": "0"}, "files": {"decoder.onnx": {}, "onnx/old.onnx": {}}}))
-    (tmp_path / "foreign.json").write_text("[]")
+    (tmp_path / "other.json").write_text(
+        json.dumps({"created_by": {"vlmexport": "0"}, "files": {"model.safetensors": {}}})
+    )
     api.there = {
         "manifest.json": old, "decoder.onnx": old, "onnx/old.onnx": old, "notes.md": old,
-        "vlmexport_quantization.json": tmp_path / "foreign.json",
+        "vlmexport_quantization.json": tmp_path / "other.json", "model.safetensors": old,
     }  # fmt: skip
     push_folder(export_folder(tmp_path), TARGET, api)  # type: ignore[arg-type]
     operations = api.asked[-1][1]["operations"]
     assert [op.path_in_repo for op in operations if type(op).__name__ == "CommitOperationDelete"] == ["onnx/old.onnx"]
+    old.write_text("[]")  # a manifest.json of somebody else's
+    push_folder(tmp_path, TARGET, api)  # type: ignore[arg-type]
+    operations = api.asked[-1][1]["operations"]
+    assert not [op for op in operations if type(op).__name__ == "CommitOperationDelete"]
 
 
 def test_a_folder_that_cannot_be_pushed_makes_no_repository(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmexport.errors import BadInputError, UnsupportedModelError
 from vlmexport.quantize.scheme import QuantScheme, make_scheme
-from vlmexport.split.parts import Role
 
 if TYPE_CHECKING:
     from vlmexport.model.load import VLM
@@ -24,18 +23,17 @@ _NOT_APPLIED: dict[str, float | None] = {
 
 
 def fitting_options(split: Split, options: OnnxOptions) -> OnnxOptions:
-    """`options` with a method and a form of attention that a decoder beside whose tokens are states has."""
-    if not split.merge.crosses:
-        return options
-    fitted = dataclasses.replace(options, scheme=make_scheme("rtn"), choice=None)
-    return dataclasses.replace(fitted, attention="standard") if _adds_positions(split) else fitted
+    """`options` with a form of attention and a method that the decoder has: one that attends to states has no other."""
+    fitted = dataclasses.replace(options, attention="standard") if _needs_standard(split) else options
+    return dataclasses.replace(fitted, scheme=make_scheme("rtn"), choice=None) if split.merge.crosses else fitted
 
 
 def fitting_words(split: Split | None) -> str:
     """What a suggested command says for `fitting_options`, with a space before each: nothing for other decoders."""
-    if split is None or not split.merge.crosses:
+    if split is None:
         return ""
-    return " --quant rtn" + (" --attention standard" if _adds_positions(split) else "")
+    form = " --attention standard" if _needs_standard(split) else ""
+    return (" --quant rtn" if split.merge.crosses else "") + form
 
 
 def answer_notes(vlm: VLM, split: Split | None) -> tuple[str, ...]:
@@ -50,8 +48,20 @@ def answer_notes(vlm: VLM, split: Split | None) -> tuple[str, ...]:
     return (f"answers are made without what generation_config also asks for: {', '.join(found)}",)
 
 
+def _needs_standard(split: Split) -> bool:
+    """Has the decoder what the standard form of attention alone has: added positions, chunks, counted rows?"""
+    module = _decoder(split)
+    return any(getattr(module, name, None) for name in ("relative", "chunks", "counted"))
+
+
+def _decoder(split: Split) -> Any:
+    from vlmexport.split.parts import Role  # torch-side code, which help does not load
+
+    return split.parts[Role.DECODER].module
+
+
 def _adds_positions(split: Split) -> bool:
-    return getattr(split.parts[Role.DECODER].module, "relative", None) is not None
+    return getattr(_decoder(split), "relative", None) is not None
 
 
 def check_cross(vlm: VLM, split: Split, options: OnnxOptions) -> None:

@@ -64,7 +64,7 @@ def push_folder(folder: Path, target: HubTarget, api: HfApi | None = None) -> st
     added = _operations(folder)
     try:
         hub.create_repo(target.repo, private=target.private, exist_ok=True)
-        gone = _left_over(hub, target.repo, {operation.path_in_repo for operation in added})
+        gone = _left_over(hub, target.repo, manifest_name(folder), {operation.path_in_repo for operation in added})
         commit = hub.create_commit(
             repo_id=target.repo,
             operations=[*added, *gone],
@@ -95,22 +95,22 @@ def _operations(folder: Path) -> list[Any]:
     return [*added, CommitOperationAdd(path_in_repo=name, path_or_fileobj=body)]
 
 
-def _left_over(hub: Any, repo: str, new: set[str]) -> list[Any]:
-    """Deletions of the files in `repo` that a manifest of ours lists there and that are not among the `new`."""
+def _left_over(hub: Any, repo: str, name: str, new: set[str]) -> list[Any]:
+    """Deletions of the files in `repo` that its manifest `name` lists, if it is ours, and that are not among `new`.
+
+    A checkpoint beside an export has a manifest of another name: it stays.
+    """
     from huggingface_hub import CommitOperationDelete
 
-    from vlmexport.checkpoint_manifest import CHECKPOINT_MANIFEST_NAME
-    from vlmexport.manifest import MANIFEST_NAME
-
     there = set(hub.list_repo_files(repo))
-    old: set[str] = set()
-    for name in {MANIFEST_NAME, CHECKPOINT_MANIFEST_NAME} & there:
-        try:
-            data = json.loads(Path(hub.hf_hub_download(repo, name)).read_text(encoding="utf-8"))
-        except ValueError:  # somebody else's file of that name
-            continue
-        if isinstance(data, dict) and "vlmexport" in data.get("created_by", {}) and isinstance(data.get("files"), dict):
-            old |= {name, *data["files"]}
+    if name not in there:
+        return []
+    try:
+        data = json.loads(Path(hub.hf_hub_download(repo, name)).read_text(encoding="utf-8"))
+    except ValueError:  # somebody else's file of that name
+        return []
+    ours = isinstance(data, dict) and "vlmexport" in data.get("created_by", {}) and isinstance(data.get("files"), dict)
+    old = set(data["files"]) if ours else set()
     return [CommitOperationDelete(path_in_repo=file) for file in sorted((old & there) - new)]
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 _WORDS = "a"
 _SIDE = 32
 # What a processor raises when it cannot take a picture and a text as they are.
-_PROCESSOR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, StopIteration)
+_PROCESSOR_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, StopIteration, AssertionError,
+    ArithmeticError, OSError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ def check_architecture(path: Path, config: dict[str, Any], *, trust_remote_code:
             "--trust-remote-code if you trust it"
         )
     if not native and remote_name(config) is None and retrieval_class(path) is None:
-        if model_type in CONFIG_MAPPING_NAMES and "vision_config" in config:
+        if (
+            model_type in CONFIG_MAPPING_NAMES
+            and "vision_config" in transformers.CONFIG_MAPPING[model_type].sub_configs
+        ):
             raise UnsupportedModelError(
                 f"{path}: transformers has {model_type!r} in no class of models that take pictures and write text "
                 "(AutoModelForImageTextToText); such models are not supported yet"

@@ -103,7 +103,9 @@ class Original:
             folder = reference.vlm.path
             runner, builder = reference.runner, PromptBuilder(folder, trust_remote_code=self._trust)
             rules = answer_rules(folder, runner.merge_spec)
-            self._engine = OnnxEngine(runner, builder, positions(folder), rules, self._limits)
+            self._engine = OnnxEngine(
+                runner, builder, positions(folder, trust_remote_code=self._trust), rules, self._limits
+            )
         return self._engine
 
 

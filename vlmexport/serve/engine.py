@@ -101,7 +101,7 @@ class GgufEngine:
 
         self.runner = open_runner(artifact, threads=threads, context=SMALLEST_CONTEXT)
         self.builder = prompt_builder(artifact.path, trust_remote_code=trust_remote_code)
-        self.capacity = positions(artifact.path) or limits.prompt_tokens
+        self.capacity = positions(artifact.path, trust_remote_code=trust_remote_code) or limits.prompt_tokens
 
     def speak(
         self, messages: Messages, pictures: Sequence[Image], sampling: Sampling, on_text: Callable[[str], None]
@@ -132,18 +132,20 @@ def open_engine(artifact: Artifact, limits: Limits, threads: int = 0, *, trust_r
 
     runner = OnnxRunner(artifact, threads=threads)
     runner.load()
-    capacity = static_capacity(artifact.manifest.model) or positions(artifact.path)
+    trust = trust_remote_code
+    capacity = static_capacity(artifact.manifest.model) or positions(artifact.path, trust_remote_code=trust)
     rules = answer_rules(artifact.path, runner.merge_spec)
     builder = PromptBuilder(artifact.path, trust_remote_code=trust_remote_code)
     return OnnxEngine(runner, builder, capacity, rules, limits)
 
 
-def positions(folder: Path) -> int | None:
+def positions(folder: Path, *, trust_remote_code: bool = False) -> int | None:
     """How many positions the model in `folder` has, by its config; None where that does not say."""
     from transformers import AutoConfig
 
+    load: Any = AutoConfig.from_pretrained
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = load(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):  # a type that this transformers does not know without its own code
         return None
     found = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -137,7 +137,7 @@ def split_decoder(
     if (scale := find_logit_scale(decoder.decoder.config, replayed, calls[-1].logits)) is not None:
         decoder.logit_scale = scale
         replayed = replay(decoder, calls[-1])
-    elif capped := find_capped_scale(decoder, calls[-1]):
+    elif not torch.equal(replayed, calls[-1].logits) and (capped := find_capped_scale(decoder, calls[-1])):
         decoder.logit_scale, decoder.logit_cap = capped
         replayed = replay(decoder, calls[-1])
     difference = _refuse_difference(vlm, "decoder and LM head", replayed, calls[-1].logits)

@@ -168,12 +168,12 @@ def _reproduced(decoder: Any, module: Any, given: dict[str, Any]) -> bool:
     places = torch.tensor(_FIRST)[:, None] + torch.arange(hidden.shape[1])
     together = CountedRows([module], places)
     with torch.no_grad(), attention_implementation(decoder, "vlmexport_counted", together.attending(keep)):
-        for row, count in zip(rows, _FIRST, strict=True):
-            module(**{**given, name: row[None], _CACHE: _Counter(count)})
         try:
+            for row, count in zip(rows, _FIRST, strict=True):
+                module(**{**given, name: row[None], _CACHE: _Counter(count)})
             with together.counted():
                 module(**{**given, name: rows})
-        except (RuntimeError, ValueError, TypeError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):  # it asks the cache for more
             return False
     alone = [torch.cat(parts) for parts in zip(*seen[: len(_FIRST)], strict=True)]
     return all(_close(got, wanted) for got, wanted in zip(seen[-1], alone, strict=True))

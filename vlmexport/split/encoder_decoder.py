@@ -182,7 +182,7 @@ def split_encoder_decoder(vlm: VLM, examples: tuple[Example, ...]) -> LanguagePa
             logits = whole(**given[-1])
             if whole.logit_scale is None:
                 whole.logit_scale = find_logit_scale(decoder.config, logits, call.logits)
-                logits = whole(**given[-1])
+                logits = logits if whole.logit_scale is None else whole(**given[-1])
         difference = max(difference, refuse_difference(vlm, "text encoder, decoder and LM head", logits, call.logits))
     layers = tuple(cross.kept)
     merge = MergeSpec(vlm.facts.image_token_id, decoder_start_token_id=start, cross_layers=layers)

@@ -47,7 +47,7 @@ def refuse_more(what: str, layer: Any) -> None:
     """
     more = [
         name
-        for name, tensor in vars(layer).items()
+        for name, tensor in getattr(layer, "__dict__", {}).items()
         if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and name not in {"keys", "values"}
     ]
     if more:

@@ -134,7 +134,9 @@ class _Packed:
         """
         traced = isinstance(grid_thw, FakeTensor) or torch.compiler.is_exporting()
         if not traced and int(grid_thw.prod(dim=1).sum()) != self.patches:
-            own: torch.Tensor = sys.modules[_HELPERS].get_vision_position_ids(grid_thw, spatial_merge_size)
+            own: torch.Tensor = sys.modules[_HELPERS].get_vision_position_ids(
+                grid_thw, spatial_merge_size, include_temporal
+            )
             return own
         _, frame, row, column, _ = self._places(grid_thw, spatial_merge_size)
         return torch.stack((frame, row, column) if include_temporal else (row, column), dim=-1)

@@ -42,6 +42,10 @@ class Pairs:
         return Pairs(self.pair[parts])
 
     def __mul__(self, other: Any) -> Pairs:
+        if isinstance(other, torch.Tensor) and other.is_complex():
+            raise UnsupportedModelError(
+                "the decoder multiplies by complex numbers that it keeps, which has no ONNX form"
+            )
         if not isinstance(other, Pairs):
             return Pairs(self.pair * (other[..., None] if isinstance(other, torch.Tensor) else other))
         (a, b), (c, d) = self.pair.unbind(-1), other.pair.unbind(-1)
