@@ -19,6 +19,7 @@ from vlmexport.card_proof import proof_section, write_proof
 from vlmexport.cli.main import run
 from vlmexport.errors import BadInputError, NotPossibleHereError, VlmExportError
 from vlmexport.hub import HubTarget, check_target, push_folder
+from vlmexport.local_paths import without_local_paths
 
 TARGET = HubTarget("me/my-export", private=True)
 REPORT = {
@@ -116,6 +117,25 @@ def test_no_path_of_this_machine_goes_up(tmp_path: Path) -> None:
     assert sent["results"]["verify"]["runtime"] == {"reference": "my-model", "library": "onnxruntime 1.31"}
     assert sent["results"]["verify"]["details"]["answers"] == [{"images": ["b.png", "c.png"], "text": "1/2 and/or 3"}]
     assert sent["notes"] == ["see https://huggingface.co/me/secret-free and notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/a b/model", "model"),
+        ("~/models/mine", "mine"),
+        ("../secret/mine", "mine"),
+        ("C:\\Users\\me\\x.png", "x.png"),
+        ("\\\\server\\share\\x.png", "x.png"),
+        ("read /home/me/x.png and C:\\me\\y.png", "read x.png and y.png"),
+        ("model.layers.0/attn, 3/4 and https://host/a/b", "model.layers.0/attn, 3/4 and https://host/a/b"),
+        ("re:.*\\.mlp\\..*", "re:.*\\.mlp\\..*"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+        ("owner/model", "owner/model"),
+    ],
+)
+def test_a_path_is_its_last_name_and_other_text_stays(text: str, shown: str) -> None:
+    assert without_local_paths({text: [text]}) == {shown: [shown]}
 
 
 def test_what_an_earlier_export_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:

@@ -418,7 +418,9 @@ def answer_prompt(
     """Answer `prompt` about `images` from the exported files alone; `on_text` gets the text as it comes.
 
     `dtype` is the one to run of an export in several (None: its primary one). `video` is a folder of frames, of which
-    there are `fps` a second, or an animated picture file (`runtime.video.load_video`).
+    there are `fps` a second, or an animated picture file (`runtime.video.load_video`). `trust_remote_code` lets the
+    processor run code that came with the model. Raises `BadInputError` for pictures, videos and prompts that the export
+    does not take.
     """
     from vlmexport.manifest import open_artifact
     from vlmexport.runtime.generate import answer

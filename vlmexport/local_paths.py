@@ -6,9 +6,13 @@ import re
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-# An absolute path of two or more levels inside a text, not the path of an address (https://host/a/b).
-_INSIDE = re.compile(r"""(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s'"`,;:()\[\]/\\]+[/\\])+([^\s'"`,;:()\[\]/\\]+)""")
-_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+_NAME = r"""[^\s'"`,;:()\[\]/\\]+"""
+# Absolute paths of two or more levels inside a text; not the path of an address (https://host/a/b), no TeX.
+_INSIDE = (
+    re.compile(rf"(?<![\w.:/\\])~?/(?:{_NAME}/)+({_NAME})"),
+    re.compile(rf"(?<!\w)(?:[A-Za-z]:[/\\]|\\\\)(?:{_NAME}[/\\])*({_NAME})"),
+)
+_WINDOWS = re.compile(r"[A-Za-z]:[/\\]|\\\\")
 
 
 def without_local_paths(data: Any) -> Any:
@@ -24,9 +28,11 @@ def without_local_paths(data: Any) -> Any:
 
 
 def _without(text: str) -> str:
-    if "\n" not in text and (text.startswith(("/", "~/", "./", "../", "\\")) or text == ".." or _DRIVE.match(text)):
-        windows = bool(_DRIVE.match(text)) or text.startswith("\\")
+    windows = _WINDOWS.match(text) is not None
+    if "\n" not in text and " /" not in text and (windows or text == ".." or text.startswith(("/", "~/", "./", "../"))):
         name = (PureWindowsPath(text) if windows else PurePosixPath(text)).name
-        if name and " /" not in text:
+        if name:
             return name
-    return _INSIDE.sub(r"\1", text)
+    for inside in _INSIDE:
+        text = inside.sub(r"\1", text)
+    return text
