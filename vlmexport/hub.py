@@ -86,8 +86,8 @@ def _operations(folder: Path) -> list[Any]:
     name = manifest_name(folder)
     data = json.loads((folder / name).read_text(encoding="utf-8"))
     files = {file: safe_join(folder, file) for file in data["files"]}
-    source, runtime = data.get("source", {}), data.get("results", {}).get("verify", {}).get("runtime", {})
-    for owner, key in ((source, "model"), (runtime, "reference"), (source.get("lora") or {}, "path")):
+    source, report = data.get("source", {}), data.get("results", {}).get("verify") or {}
+    for owner, key in ((source, "model"), (report.get("runtime", {}), "reference"), (source.get("lora") or {}, "path")):
         if key in owner and hub_id(str(owner[key])) is None:
             owner[key] = Path(str(owner[key])).name
     added = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()]

@@ -16,7 +16,8 @@ import torch
 
 from tests.families.tiny_qwen import image_inputs
 from tests.families.tiny_text import picture
-from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative, take_apart
+from tests.zoo import registry
+from tests.zoo.proof import FLOATS, STEPS, Zooed, export, relative
 from tests.zoo.qwen import load_qwen, prompts
 from vlmexport.errors import BadInputError
 from vlmexport.model.merge import MergeSpec
@@ -203,7 +204,8 @@ def test_a_model_whose_videos_enter_otherwise_says_so() -> None:
 @pytest.mark.family
 @pytest.mark.parametrize("family", ["llava_next_video", "video_llava"])
 def test_families_whose_videos_enter_otherwise_say_so(family: str, tmp_path: Path) -> None:
-    split = take_apart(family, tmp_path / "model").split
+    vlm, examples = registry.make(family, tmp_path / "model")
+    split = split_model(vlm, examples)
     assert split.merge.video is None
     assert [note for note in split.notes if note.startswith("videos are left out, pictures are not: ")]
 
