@@ -125,7 +125,7 @@ def test_the_tensorrt_layout_refuses_such_decoders(tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_needs_the_lengths_of_pictures_is_refused() -> None:
-    lengths = packed._Segments(packed._Packed(), torch.zeros(4, dtype=torch.int64))
+    lengths = packed.Segments(packed._Packed(), torch.zeros(4, dtype=torch.int64))
     assert (lengths[1:] - lengths[:-1]).tolist() == [0]
     for use in (lambda: lengths.max(), lambda: lengths.cumsum(0)):
         with pytest.raises(UnsupportedModelError, match=r"lengths of its pictures .* else than attention"):
