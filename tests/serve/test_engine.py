@@ -71,7 +71,7 @@ def test_the_original_keeps_the_rules_of_its_generation_config(tmp_path: Path, m
     loaded = SimpleNamespace(runner=runner, vlm=SimpleNamespace(path=tmp_path))
     monkeypatch.setattr(compare, "load_reference", lambda *args, **more: loaded)
     monkeypatch.setattr(compare, "PromptBuilder", lambda *args, **more: Builder())
-    monkeypatch.setattr(compare, "positions", lambda folder: 100)
+    monkeypatch.setattr(compare, "positions", lambda folder, **more: 100)
     monkeypatch.setattr(Original, "_weight_files", lambda self: ())
     artifact = SimpleNamespace(manifest=SimpleNamespace(source={"model": str(tmp_path)}))
     original = Original(artifact)  # type: ignore[arg-type]
